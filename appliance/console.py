@@ -1,0 +1,119 @@
+"""The one place that prints: progress and messages on stderr, results on stdout.
+
+Plain text where stderr is no terminal or NO_COLOR is set; TeamCity blocks and GitHub groups where those run the build.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Style = Literal["auto", "plain", "rich", "none"]
+
+
+class Progress(Protocol):
+    """What a long stage reports to; `total` of 0 means unknown. Units are 'bytes', 'packages', 'files' or 's'."""
+
+    def update(self, done: float, total: float, unit: str) -> None: ...
+
+
+@dataclass(slots=True)
+class StageTime:
+    name: str
+    seconds: float
+    reason: str  # why it ran; empty when its result was reused
+
+
+@dataclass(slots=True)
+class Console:
+    """Reporter of one run. `style` is the value of --progress; `explain` prints why each step ran."""
+
+    style: Style = "auto"
+    explain: bool = False
+    stages: list[StageTime] = field(default_factory=list)
+    _last: float = 0.0
+
+    @property
+    def live(self) -> bool:
+        """Whether progress may redraw its line."""
+        return self.style == "rich" or (
+            self.style == "auto" and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        )
+
+    def note(self, text: str) -> None:
+        """A line for the user on stderr."""
+        if self.style != "none":
+            self._clear()
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """A warning; shown in every style."""
+        self._clear()
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def result(self, text: str) -> None:
+        """A line of the command's result on stdout."""
+        print(text, flush=True)
+
+    def result_json(self, value: Any) -> None:
+        print(json.dumps(value, indent=2, sort_keys=True), flush=True)
+
+    @contextmanager
+    def stage(self, name: str, reason: str = "") -> Iterator[Progress]:
+        """One step of the pipeline with its time; `reason` says why it runs."""
+        started = time.monotonic()
+        if "TEAMCITY_VERSION" in os.environ:
+            self.note(f"##teamcity[blockOpened name='{name}']")
+        elif os.environ.get("GITHUB_ACTIONS") == "true":
+            self.note(f"::group::{name}")
+        self.note(f"{name}" + (f" ({reason})" if reason and self.explain else ""))
+        try:
+            yield _StageProgress(self, name, started)
+        finally:
+            seconds = time.monotonic() - started
+            self.stages.append(StageTime(name, seconds, reason))
+            self.note(f"{name}: {seconds:.1f} s")
+            if "TEAMCITY_VERSION" in os.environ:
+                self.note(f"##teamcity[blockClosed name='{name}']")
+            elif os.environ.get("GITHUB_ACTIONS") == "true":
+                self.note("::endgroup::")
+
+    def reused(self, name: str) -> None:
+        """A step whose result was still good."""
+        self.stages.append(StageTime(name, 0.0, ""))
+        if self.explain:
+            self.note(f"{name}: unchanged, reused")
+
+    def _clear(self) -> None:
+        if self.live and self._last:
+            print("\r\033[K", end="", file=sys.stderr)
+            self._last = 0.0
+
+    def _draw(self, text: str) -> None:
+        now = time.monotonic()
+        every = 0.1 if self.live else 5.0
+        if self.style == "none" or now - self._last < every:
+            return
+        self._last = now
+        print(f"\r\033[K{text}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
+
+
+@dataclass(slots=True)
+class _StageProgress:
+    console: Console
+    name: str
+    started: float
+
+    def update(self, done: float, total: float, unit: str) -> None:
+        passed = time.monotonic() - self.started
+        if unit == "bytes":
+            amount = f"{done / 1e6:.0f}" + (f" of {total / 1e6:.0f}" if total else "") + " MB"
+        else:
+            amount = f"{done:.0f}" + (f" of {total:.0f}" if total else "") + f" {unit}"
+        self.console._draw(f"{self.name}: {amount}, {passed:.0f} s")

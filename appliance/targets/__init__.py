@@ -1,0 +1,1 @@
+"""Where a node runs: one module per target behind the interface in `appliance.targets.base`."""
