@@ -66,7 +66,8 @@ class InputError(ApplianceError):
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = tuple(sorted(set(faults)))
         count = len(self.faults)
-        super().__init__("\n".join([*map(str, self.faults), f"{count} fault{'s' if count != 1 else ''}; nothing was built"]))
+        total = f"{count} fault{'s' if count != 1 else ''}; nothing was built"
+        super().__init__("\n".join([*map(str, self.faults), total]))
 
 
 @dataclass(slots=True)

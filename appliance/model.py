@@ -178,7 +178,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class RenderedFile:
-    """One file, link (`link` not empty) or, with path ending in '/', folder. `path` is absolute inside the appliance."""
+    """One file, link (`link` not empty) or, with path ending in '/', folder; `path` is absolute in the appliance."""
 
     path: str
     content: bytes
@@ -215,7 +215,7 @@ class Package:
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """Which packages, exactly; `epoch` (seconds) is the newest archive date, the clock of every build from this lock."""
+    """Which packages, exactly; `epoch` (seconds) is the newest archive date, the clock of every build from it."""
 
     suite: str
     epoch: int
