@@ -134,6 +134,8 @@ class Recipe:
     settings: Mapping[str, Any]  # defaults; the layout may override them
     schema_level: int  # level of the recipe's database migrations, 0 for none
     place: Place
+    build: str = ""  # executable in the recipe's folder, run in the root file system once all packages are in it
+    exclude: tuple[str, ...] = ()  # absolute globs of files of the packages that the base layer leaves out
 
 
 # --- layout --------------------------------------------------------------------------------------------------------
