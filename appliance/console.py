@@ -23,6 +23,12 @@ class Progress(Protocol):
     def update(self, done: float, total: float, unit: str) -> None: ...
 
 
+def teamcity_escape(text: str) -> str:
+    """Text as a value of a TeamCity service message."""
+    pairs = {"|": "||", "'": "|'", "[": "|[", "]": "|]", "\n": "|n", "\r": "|r"}
+    return "".join(pairs.get(sign, sign) for sign in text)
+
+
 @dataclass(slots=True)
 class StageTime:
     name: str
@@ -42,9 +48,8 @@ class Console:
     @property
     def live(self) -> bool:
         """Whether progress may redraw its line."""
-        return self.style == "rich" or (
-            self.style == "auto" and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        )
+        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+        return self.style == "rich" or (self.style == "auto" and sys.stderr.isatty() and not plain)
 
     def note(self, text: str) -> None:
         """A line for the user on stderr."""
@@ -56,6 +61,13 @@ class Console:
         """A warning; shown in every style."""
         self._clear()
         print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def error(self, text: str) -> None:
+        """The failure that ends the run; shown in every style."""
+        self._clear()
+        if "TEAMCITY_VERSION" in os.environ:
+            print(f"##teamcity[buildProblem description='{teamcity_escape(text)[:4000]}']", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr, flush=True)
 
     def result(self, text: str) -> None:
         """A line of the command's result on stdout."""
@@ -69,7 +81,7 @@ class Console:
         """One step of the pipeline with its time; `reason` says why it runs."""
         started = time.monotonic()
         if "TEAMCITY_VERSION" in os.environ:
-            self.note(f"##teamcity[blockOpened name='{name}']")
+            self.note(f"##teamcity[blockOpened name='{teamcity_escape(name)}']")
         elif os.environ.get("GITHUB_ACTIONS") == "true":
             self.note(f"::group::{name}")
         self.note(f"{name}" + (f" ({reason})" if reason and self.explain else ""))
@@ -80,7 +92,7 @@ class Console:
             self.stages.append(StageTime(name, seconds, reason))
             self.note(f"{name}: {seconds:.1f} s")
             if "TEAMCITY_VERSION" in os.environ:
-                self.note(f"##teamcity[blockClosed name='{name}']")
+                self.note(f"##teamcity[blockClosed name='{teamcity_escape(name)}']")
             elif os.environ.get("GITHUB_ACTIONS") == "true":
                 self.note("::endgroup::")
 
