@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 ARCHITECTURE = "amd64"
 
@@ -43,6 +44,7 @@ class User:
     home: str
     groups: tuple[str, ...]
     place: Place
+    group_only: bool = False  # a group without a user
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,8 @@ class Unit:
     enable: bool
     own: bool  # the unit file stands in the recipe (not in a Debian package)
     place: Place
+    wanted_by: str = ""  # the target that starts it; empty: by [Install] of an own unit, else by its kind
+    watch: tuple[str, ...] = ()  # path prefixes whose change matters to it; empty: every file of the recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,30 @@ class Wheel:
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """A file or link of the recipe's folder and the absolute path it gets in the appliance."""
+
+    target: str
+    path: Path
+    template: bool
+    executable: bool
+    link: str  # what a symbolic link points to; empty for a file
+    place: Place
+    group: str = ""  # the `include` it came with, ending in '/'; empty for others
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """An exception from root:root and 0644/0755; a path ending in '/' is a folder."""
+
+    path: str
+    owner: str
+    group: str
+    mode: int | None  # None: as usual
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     name: str
     summary: str
@@ -134,6 +162,10 @@ class Recipe:
     settings: Mapping[str, Any]  # defaults; the layout may override them
     schema_level: int  # level of the recipe's database migrations, 0 for none
     place: Place
+    sources: tuple[Source, ...] = ()  # sorted by target
+    ownership: tuple[Ownership, ...] = ()
+    places: Mapping[str, Place] = field(default_factory=frozen_map)  # of "needs.<endpoint>" and "mask.<unit>"
+    readable: bool = True  # false: recipe.yaml could not be read and the rest is empty
     build: str = ""  # executable in the recipe's folder, run in the root file system once all packages are in it
     exclude: tuple[str, ...] = ()  # absolute globs of files of the packages that the base layer leaves out
 
@@ -162,6 +194,7 @@ class Node:
     endpoints: Mapping[str, Resolved]
     shares: Mapping[str, int]  # MiB per recipe name
     settings: Mapping[str, Mapping[str, Any]]  # per recipe name
+    prefix: int = 24  # length of the network part of `address`
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +206,13 @@ class Model:
     nodes: tuple[Node, ...]
     recipes: tuple[Recipe, ...]  # every recipe used on any node, sorted by name
     file: Path
+    summary: str = ""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=frozen_map)  # per recipe name, overrides applied
+
+    @property
+    def project(self) -> Path:
+        """The root of the tree of recipes."""
+        return self.file.parents[2]
 
 
 # --- render --------------------------------------------------------------------------------------------------------
@@ -276,3 +316,15 @@ class Artifact:
     path: Path
     sha256: str
     size: int
+
+
+# --- programs ------------------------------------------------------------------------------------------------------
+
+
+class ToolBox(Protocol):
+    """Programs of the tools root: `root` is its folder, `run` takes the keyword arguments of run.run."""
+
+    @property
+    def root(self) -> Path: ...
+
+    def run(self, program: str, *args: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]: ...

@@ -1,0 +1,266 @@
+"""Reads a layout file and allots everything once per node: recipes, memory, endpoints and settings."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from appliance.collisions import find_collisions
+from appliance.errors import Faults, nearest
+from appliance.model import Endpoint, Model, Node, Place, Recipe, Resolved, frozen_map
+from appliance.recipes import NAME
+from appliance.yamlfile import Fields, Value, add_fault, load_yaml, shown
+
+BASE = "base"  # the recipe whose packages every node boots from
+
+
+def layout_names(project: Path) -> tuple[str, ...]:
+    """The layouts that the project has."""
+    return tuple(sorted(path.stem for path in (project / "recipes" / "layouts").glob("*.yaml")))
+
+
+def load_layout(project: Path, name: str, recipes: Mapping[str, Recipe], faults: Faults, version: str) -> Model | None:
+    """The model of a layout, or None where its file cannot be read or places nothing.
+
+    A model that came with faults serves only to find more of them.
+    """
+    file = project / "recipes" / "layouts" / f"{name}.yaml"
+    if not re.fullmatch(NAME, name) or not file.is_file():
+        faults.add("recipes/layouts", 0, "", f"there is no layout {name!r}", nearest(name, layout_names(project)))
+        return None
+    value = load_yaml(project, file, faults)
+    if value is None:
+        return None
+    fields = Fields(value, faults)
+    summary = fields.text("summary")
+    nodes = [
+        _node(node_name, node, recipes)
+        for node_name, node in fields.entries("nodes", NAME, "the name of a node", required=True)
+    ]
+    if fields.has("nodes") and not nodes:
+        fields.fault("nodes", "a layout has at least one node")
+    used = {recipe.name: recipe for node, _ in nodes for recipe in node.recipes}
+    settings = _settings(fields, recipes, used)
+    fields.finish()
+    if not nodes:
+        return None
+    complete = tuple(
+        replace(
+            node,
+            endpoints=frozen_map(_endpoints(node, place, [node for node, _ in nodes], recipes, faults)),
+            shares=frozen_map(share_memory(node.memory, node.recipes)),
+            settings=frozen_map({recipe.name: settings[recipe.name] for recipe in node.recipes}),
+        )
+        for node, place in nodes
+    )
+    model = Model(
+        name, version, complete, tuple(used[key] for key in sorted(used)), file, summary, frozen_map(settings)
+    )
+    validate(model, {node.name: place for node, place in nodes}, faults)
+    return model
+
+
+def validate(model: Model, places: Mapping[str, Place], faults: Faults) -> None:
+    """What the model must fulfil as a whole; `places` says where each node stands in the layout file."""
+    addresses: dict[str, str] = {}
+    for node in model.nodes:
+        place = places[node.name]
+        needed = sum(recipe.memory.minimum for recipe in node.recipes)
+        if needed > node.memory:
+            parts = ", ".join(
+                f"{recipe.name} {recipe.memory.minimum}" for recipe in node.recipes if recipe.memory.minimum
+            )
+            add_fault(
+                faults, place, f"the recipes need at least {needed} MiB ({parts}); the node has {node.memory} MiB"
+            )
+        if node.address and addresses.setdefault(node.address, node.name) != node.name:
+            add_fault(
+                faults, place, f"the address {node.address} belongs to the node {addresses[node.address]} already"
+            )
+    find_collisions(model, faults)
+
+
+def share_memory(memory: int, recipes: Sequence[Recipe]) -> dict[str, int]:
+    """MiB per recipe: its minimum, and its weight's part of what the minimums leave, rounded down.
+
+    When the minimums exceed the memory each recipe has its minimum, and `validate` finds the fault.
+    """
+    spare = max(0, memory - sum(recipe.memory.minimum for recipe in recipes))
+    weights = sum(recipe.memory.weight for recipe in recipes) or 1
+    return {recipe.name: recipe.memory.minimum + spare * recipe.memory.weight // weights for recipe in recipes}
+
+
+def _node(name: str, fields: Fields, recipes: Mapping[str, Recipe]) -> tuple[Node, Place]:
+    chosen = []
+    for item in fields.texts("recipes", r"\S+", "the name of a recipe", required=True):
+        if item.data in recipes:
+            chosen.append(recipes[item.data])
+        else:
+            add_fault(fields.faults, item.place, f"there is no recipe {shown(item.data)}", nearest(item.data, recipes))
+    if BASE not in [recipe.name for recipe in chosen] and BASE in recipes:
+        fields.fault("recipes", f"the node lacks the recipe {BASE!r}, which every node boots from")
+    address, prefix = _address(fields)
+    node = Node(
+        name=name,
+        address=address,
+        memory=fields.integer("memory", 128, 1_048_576),
+        recipes=tuple(chosen),
+        endpoints={},
+        shares={},
+        settings={},
+        prefix=prefix,
+    )
+    return node, fields.place
+
+
+def _address(fields: Fields) -> tuple[str, int]:
+    """Address (empty for DHCP) and the length of its network part."""
+    text = fields.text("address", "dhcp", what="dhcp or an IPv4 address")
+    if text == "dhcp":
+        return "", 24
+    try:
+        interface = ipaddress.IPv4Interface(text if "/" in text else f"{text}/24")
+    except ValueError:
+        fields.fault("address", f"{shown(text)} is neither dhcp nor an IPv4 address", "as 10.0.0.5 or 10.0.0.5/24")
+        return "", 24
+    return str(interface.ip), interface.network.prefixlen
+
+
+# --- settings ------------------------------------------------------------------------------------------------------
+
+
+def _settings(
+    fields: Fields, recipes: Mapping[str, Recipe], used: Mapping[str, Recipe]
+) -> dict[str, Mapping[str, Any]]:
+    """The settings of every used recipe: its defaults with the layout's overrides."""
+    result = {name: dict(recipe.settings) for name, recipe in used.items()}
+    found = fields.take("settings", False)
+    if found is None:
+        return {name: frozen_map(values) for name, values in result.items()}
+    if not isinstance(found.data, Mapping):
+        add_fault(fields.faults, found.place, f"must be a mapping, not {found.kind}")
+        return {name: frozen_map(values) for name, values in result.items()}
+    for name, overrides in found.data.items():
+        if name not in recipes:
+            add_fault(fields.faults, overrides.place, f"there is no recipe {shown(name)}", nearest(name, used))
+        elif name not in used:
+            add_fault(fields.faults, overrides.place, f"the recipe {name!r} is on no node of this layout")
+        else:
+            result[name] = _override(result[name], overrides, fields.faults)
+    return {name: frozen_map(values) for name, values in result.items()}
+
+
+def _override(default: Any, value: Value, faults: Faults) -> Any:
+    """`value` where it has the type of `default`; mappings are merged key by key."""
+    if isinstance(default, Mapping) and isinstance(value.data, Mapping):
+        merged = dict(default)
+        for name, inner in value.data.items():
+            if name in default:
+                merged[name] = _override(default[name], inner, faults)
+            else:
+                add_fault(faults, inner.place, f"there is no setting {shown(name)}", nearest(name, default))
+        return merged
+    if type(value.data) is type(default) or (type(default) is float and type(value.data) is int):
+        return value.plain()
+    if default is not None:  # an empty default is a fault of the recipe
+        kind = Value(default, value.place).kind
+        add_fault(faults, value.place, f"must be of the type of the recipe's default, {kind}, not {value.kind}")
+    return default
+
+
+# --- endpoints -----------------------------------------------------------------------------------------------------
+
+
+def _endpoints(
+    node: Node, place: Place, nodes: Sequence[Node], recipes: Mapping[str, Recipe], faults: Faults
+) -> dict[str, Resolved]:
+    """Every endpoint the node's recipes provide or need. An unresolved one is a fault and gets a stand-in."""
+    found = {
+        endpoint.name: Resolved(endpoint.name, "127.0.0.1", _port(recipe, endpoint), endpoint.socket, recipe.name, True)
+        for recipe in node.recipes
+        for endpoint in recipe.provides
+    }
+    for recipe in node.recipes:
+        for need in recipe.needs:
+            if need not in found:
+                found[need] = _remote(need, recipe, node, place, nodes, recipes, faults)
+    return dict(sorted(found.items()))
+
+
+def _remote(
+    need: str,
+    recipe: Recipe,
+    node: Node,
+    place: Place,
+    nodes: Sequence[Node],
+    recipes: Mapping[str, Recipe],
+    faults: Faults,
+) -> Resolved:
+    offers = [
+        (peer, provider, endpoint)
+        for peer in nodes
+        for provider in peer.recipes
+        for endpoint in provider.provides
+        if endpoint.name == need
+    ]
+    reachable = [offer for offer in offers if _exposed(offer[1], offer[2])]
+    who = f"the recipe {recipe.name!r} on the node {node.name!r} needs {need!r}"
+    if not offers:
+        _unprovided(need, recipe, place, recipes, faults)
+    elif not reachable:
+        peer, provider, _ = offers[0]
+        message = f"{who}, which the recipe {provider.name!r} gives to its own node {peer.name!r} only"
+        add_fault(faults, place, message, f"give its port exposure cluster, or place {provider.name} on {node.name}")
+    elif len(reachable) > 1:
+        where = ", ".join(f"{provider.name} on {peer.name}" for peer, provider, _ in reachable)
+        add_fault(faults, place, f"{who}, which several offer: {where}", f"place one of them on {node.name}")
+    elif not reachable[0][0].address:
+        message = f"{who} from the node {reachable[0][0].name!r}, which has no fixed address"
+        add_fault(faults, place, message, f"give {reachable[0][0].name} an address")
+    if not reachable:
+        return Resolved(need, "127.0.0.1", 0, "", "", False)
+    peer, provider, endpoint = reachable[0]
+    return Resolved(need, peer.address, _port(provider, endpoint), "", provider.name, False)
+
+
+def _unprovided(need: str, recipe: Recipe, place: Place, recipes: Mapping[str, Recipe], faults: Faults) -> None:
+    """The fault of a need that no node fulfils; silent when an unreadable recipe may be the one that does."""
+    if not all(other.readable for other in recipes.values()):
+        return
+    providers = sorted(other.name for other in recipes.values() for endpoint in other.provides if endpoint.name == need)
+    if providers:
+        message = f"the recipe {recipe.name!r} needs {need!r}, which no node of the layout provides"
+        add_fault(faults, place, message, f"place {' or '.join(providers)} on a node")
+    else:
+        names = {endpoint.name for other in recipes.values() for endpoint in other.provides}
+        message = f"the recipe {recipe.name!r} needs {need!r}, which no recipe provides"
+        add_fault(faults, recipe.places[f"needs.{need}"], message, nearest(need, names))
+
+
+def _port(recipe: Recipe, endpoint: Endpoint) -> int:
+    return next((port.number for port in recipe.ports if port.name == endpoint.port), 0)
+
+
+def _exposed(recipe: Recipe, endpoint: Endpoint) -> bool:
+    return any(port.name == endpoint.port and port.exposure != "local" for port in recipe.ports)
+
+
+def needed_recipes(recipe: Recipe, node: Node) -> tuple[str, ...]:
+    """The recipes on the same node that the recipe needs, directly or through others, sorted by name."""
+    by_name: dict[str, Recipe] = {other.name: other for other in node.recipes}
+    found: set[str] = set()
+    open_ends: list[Recipe] = [recipe]
+    while open_ends:
+        for name in _providers(open_ends.pop(), node):
+            if name not in found and name != recipe.name and name in by_name:
+                found.add(name)
+                open_ends.append(by_name[name])
+    return tuple(sorted(found))
+
+
+def _providers(recipe: Recipe, node: Node) -> Iterable[str]:
+    return (node.endpoints[need].provider for need in recipe.needs if node.endpoints[need].local)
