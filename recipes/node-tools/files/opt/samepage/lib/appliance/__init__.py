@@ -1,0 +1,1 @@
+"""The part of the builder that ships inside the image."""
