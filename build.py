@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Sets up what the builder needs, once, and hands over to appliance.cli.
+"""Sets up what the builder needs, once, and hands over to the command line in appliance.cli.
 
 Needs python3 only. Installs missing host packages through apt (listed in appliance/hostsetup.py) and the pinned Python
 requirements into .venv; when nothing of that changed, it goes straight on.
@@ -129,7 +129,7 @@ def main() -> None:
     set_name = wanted_set(sys.argv[1:])
     if not ready(set_name):
         set_up(set_name)
-    os.execv(PYTHON, [PYTHON, "-P", "-m", "appliance.cli", *sys.argv[1:]])
+    os.execv(PYTHON, [PYTHON, "-P", "-m", "appliance", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -35,6 +35,12 @@ class CommandError(ApplianceError):
     """A program that the builder ran failed; the message holds a command that can be pasted."""
 
 
+class UnknownName(ApplianceError):
+    """The command line names something that does not exist."""
+
+    status = 2
+
+
 class LockError(ApplianceError):
     """The lock does not fit the recipes or the archive."""
 

@@ -176,11 +176,11 @@ def stream(
     return process.returncode
 
 
-def attached(argv: Sequence[Arg], *, env: Mapping[str, str] | None = None) -> int:
+def attached(argv: Sequence[Arg], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> int:
     """Run a program on the user's own terminal (a shell, a pager) and return its exit status."""
     words = [str(word) for word in argv]
     words[0] = words[0] if os.sep in words[0] else find_program(words[0])
-    return subprocess.run(words, env=env).returncode
+    return subprocess.run(words, cwd=cwd, env=env).returncode
 
 
 @contextmanager
