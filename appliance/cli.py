@@ -75,7 +75,9 @@ class Verbs(click.Group):
         command: click.Command = getattr(module, cmd_name)
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0] if args else ""
         if name and not name.startswith("-") and name not in self.home:
             from appliance.errors import nearest
@@ -95,7 +97,9 @@ def verb(*examples: str, **settings: Any) -> Callable[[Callable[..., Any]], clic
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="\b\nExamples:\n  ./build.py iso && ./build.py up && ./build.py verify\n  ./build.py up --help",
 )
-@click.option("-C", "--project", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Work in this folder.")
+@click.option(
+    "-C", "--project", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Work in this folder."
+)
 @click.option("--layout", default="private-cloud", show_default=True, help="Layout in recipes/layouts/.")
 @click.option(
     "--progress", type=click.Choice(["auto", "plain", "rich", "none"]), default="auto", show_default=True,
@@ -156,7 +160,11 @@ def report(error: BaseException, settled: Settled) -> int:
             console.error(str(error))
             return error.status
         case click.ClickException():
-            where = f"\n  hint: see {error.ctx.command_path} --help" if isinstance(error, click.UsageError) and error.ctx else ""
+            where = (
+                f"\n  hint: see {error.ctx.command_path} --help"
+                if isinstance(error, click.UsageError) and error.ctx
+                else ""
+            )
             console.error(error.format_message() + ("" if "hint:" in error.format_message() else where))
             return 2
         case BrokenPipeError():
@@ -164,13 +172,19 @@ def report(error: BaseException, settled: Settled) -> int:
             return 1
         case OSError(errno=errno.ENOSPC):
             where = f" at {error.filename}" if error.filename else ""
-            console.error(f"the disk is full{where}\n  hint: make room, or set SAMEPAGE_CACHE to a folder on another disk")
+            console.error(
+                f"the disk is full{where}\n  hint: make room, or set SAMEPAGE_CACHE to a folder on another disk"
+            )
             return 3
         case OSError():
-            console.error(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}\n  hint: run it again with --debug")
+            console.error(
+                f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}\n  hint: run it again with --debug"
+            )
             return 1
         case _:
-            console.error(f"{type(error).__name__}: {error}\n  hint: this is a fault of the builder; run it again with --debug")
+            console.error(
+                f"{type(error).__name__}: {error}\n  hint: this is a fault of the builder; run it again with --debug"
+            )
             return 1
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from appliance.errors import ApplianceError, InputError, nearest
+from appliance.errors import ApplianceError, UnknownName, nearest
 from appliance.model import frozen_map
 
 GUEST_PORTS = (22, 80, 443)
@@ -102,6 +102,13 @@ class Target(ABC):
 
         return run(self.command(instance, words), input=input, timeout=timeout, check=False)
 
+    def console(self, instance: Instance) -> str:
+        """What the node wrote to its console since it was started."""
+        try:
+            return instance.console_log.read_bytes().decode(errors="replace").rstrip()
+        except OSError:
+            return ""
+
     def reachable(self, instance: Instance) -> bool:
         """Whether commands can be run on the node yet."""
         return self.execute(instance, ["true"]).returncode == 0
@@ -169,7 +176,7 @@ def find(project: Path, name: str) -> Instance:
         return known[name]
     if not known:
         raise NodeError("no node was started here", hint="start one with: ./build.py up")
-    raise NodeError(f"no node is called {name!r}", hint=nearest(name, known))
+    raise UnknownName(f"no node is called {name!r}", hint=nearest(name, known))
 
 
 def target_of(name: str) -> Target:
@@ -182,7 +189,7 @@ def target_of(name: str) -> Target:
         from appliance.targets.docker import Docker
 
         return Docker()
-    raise InputError([])
+    raise UnknownName(f"no target is called {name!r}", hint="the targets are qemu and docker")
 
 
 def bring_up(target: Target, request: Request, project: Path) -> Instance:
@@ -192,7 +199,7 @@ def bring_up(target: Target, request: Request, project: Path) -> Instance:
     if old is not None and target_of(old.target).state(old) == "running":
         raise NodeError(
             f"the node {request.name!r} is running already",
-            hint=f"end it with: ./build.py down {request.name}, or start another with --name",
+            hint=f"end it with: ./build.py down --name {request.name}, or start another with --name",
         )
     if old is not None:
         bring_down(old)

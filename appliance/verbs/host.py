@@ -43,7 +43,9 @@ def clean(session: Session, cache: bool) -> None:
     running = base.instances(session.project)
     if running:
         names = ", ".join(instance.name for instance in running)
-        raise base.NodeError(f"nodes of this checkout exist: {names}", hint="end them first with: ./build.py down --all")
+        raise base.NodeError(
+            f"nodes of this checkout exist: {names}", hint="end them first with: ./build.py down --all"
+        )
     for folder in (session.project / "dist", session.state):
         if folder.exists():
             remove(folder)
@@ -72,7 +74,9 @@ def test(session: Session, arguments: tuple[str, ...]) -> int:
     """Run the project's tests; what is given goes to pytest."""
     from appliance.run import attached
 
-    return attached([sys.executable, "-m", "pytest", "--rootdir", session.project, *(arguments or [str(session.project / "tests")])])
+    return attached(
+        [sys.executable, "-m", "pytest", "--rootdir", session.project, *(arguments or [str(session.project / "tests")])]
+    )
 
 
 @verb("bench", "bench --help", context_settings={"ignore_unknown_options": True}, add_help_option=False)

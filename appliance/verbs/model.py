@@ -9,7 +9,7 @@ import click
 
 import appliance
 from appliance.cli import Session, pass_session, verb
-from appliance.model import Model, RenderedFile, RenderedTree
+from appliance.model import RenderedFile, RenderedTree
 
 
 @verb("check", "check --json")
@@ -18,72 +18,21 @@ from appliance.model import Model, RenderedFile, RenderedTree
 def check(session: Session, as_json: bool) -> None:
     """Validate the recipes and show the layout: nodes, components, ports, users, memory, endpoints."""
     from appliance.check import check_project
+    from appliance.describe import as_text, describe
 
     model, _trees = check_project(session.project, session.layout, appliance.__version__)
-    shown = describe(model)
     if as_json:
-        session.console.result_json(shown)
-        return
-    for line in layout_lines(shown):
-        session.console.result(line)
-
-
-def describe(model: Model) -> dict[str, Any]:
-    """The layout as plain values, the form of `check --json`."""
-    return {
-        "layout": model.name,
-        "version": model.version,
-        "nodes": [
-            {
-                "name": node.name,
-                "address": node.address or "dhcp",
-                "memory": node.memory,
-                "recipes": [
-                    {
-                        "name": recipe.name,
-                        "summary": recipe.summary,
-                        "memory": node.shares[recipe.name],
-                        "ports": [
-                            {"name": port.name, "port": port.number, "protocol": port.protocol, "exposure": port.exposure}
-                            for port in recipe.ports
-                        ],
-                        "users": {user.name: user.uid for user in recipe.users},
-                    }
-                    for recipe in node.recipes
-                ],
-                "endpoints": {
-                    endpoint.name: {
-                        "provider": endpoint.provider,
-                        "at": endpoint.socket or f"{endpoint.host}:{endpoint.port}",
-                    }
-                    for endpoint in node.endpoints.values()
-                },
-            }
-            for node in model.nodes
-        ],
-    }
-
-
-def layout_lines(layout: dict[str, Any]) -> list[str]:
-    """The layout as text for people."""
-    lines = [f"layout {layout['layout']}, version {layout['version']}"]
-    for node in layout["nodes"]:
-        lines += ["", f"node {node['name']}: address {node['address']}, memory {node['memory']} MiB", ""]
-        rows = [("component", "memory", "ports", "users")]
-        for recipe in node["recipes"]:
-            ports = ", ".join(f"{port['port']}/{port['protocol']} {port['exposure']}" for port in recipe["ports"])
-            users = ", ".join(f"{name} {uid}" for name, uid in sorted(recipe["users"].items(), key=lambda item: item[1]))
-            rows.append((recipe["name"], f"{recipe['memory']} MiB", ports or "-", users or "-"))
-        lines += table(rows) + [""]
-        endpoints = sorted(node["endpoints"].items())
-        lines += table([("endpoint", "provider", "at"), *((name, found["provider"], found["at"]) for name, found in endpoints)])
-    return lines
+        session.console.result_json(describe(model))
+    else:
+        session.console.result(as_text(describe(model)))
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:
     """Rows as aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
 
 
 @verb("render", "render --node samepage /etc/nginx/nginx.conf", "render --diff")
@@ -91,20 +40,24 @@ def table(rows: list[tuple[str, ...]]) -> list[str]:
 @click.option("--node", "node_name", help="Only this node.")
 @click.option("--diff", is_flag=True, help="Show what differs from the last ISO or disk built in this checkout.")
 @click.option("--json", "as_json", is_flag=True, help="Print the list of files as JSON.")
-@click.option("--output-dir", type=click.Path(path_type=Path), help="Write the files below this folder, one folder per node.")
+@click.option(
+    "--output-dir", type=click.Path(path_type=Path), help="Write the files below this folder, one folder per node."
+)
 @pass_session
 def render(
     session: Session, path: str | None, node_name: str | None, diff: bool, as_json: bool, output_dir: Path | None
 ) -> None:
     """List the rendered files, or print the one at PATH, or say what changed."""
     from appliance.check import check_project
-    from appliance.errors import ApplianceError, UnknownName, nearest
-    from appliance.rendered import difference, read_last, write_tree
+    from appliance.errors import UnknownName, nearest
+    from appliance.treefiles import attributes, diff_trees, read_tree, write_tree
 
     _model, trees = check_project(session.project, session.layout, appliance.__version__)
     chosen = [tree for tree in trees if node_name in (None, tree.node)]
     if not chosen:
-        raise UnknownName(f"no node is called {node_name!r}", hint=nearest(str(node_name), [tree.node for tree in trees]))
+        raise UnknownName(
+            f"no node is called {node_name!r}", hint=nearest(str(node_name), [tree.node for tree in trees])
+        )
     files = [(tree, file) for tree in chosen for file in (*tree.config, *tree.app)]
     if path:
         found = [file for _, file in files if file.path.rstrip("/") == path.rstrip("/")]
@@ -118,16 +71,15 @@ def render(
         session.console.note(f"wrote {len(files)} files below {output_dir}")
     elif diff:
         for tree in chosen:
-            last = read_last(session.state, session.layout, tree.node)
-            if last is None:
-                raise ApplianceError(f"nothing was built yet for node {tree.node}", hint="build once with: ./build.py iso")
-            for line in difference(last, tree):
-                session.console.result(line)
+            text = diff_trees(read_tree(session.state / "rendered" / session.layout / tree.node), tree)
+            session.console.result(
+                text.removesuffix("\n") if text else f"{tree.node}: nothing changed since the last build"
+            )
     elif as_json:
         session.console.result_json([entry(tree, file) for tree, file in files])
     else:
-        rows = [("mode", "owner", "path", "from")]
-        rows += [(f"{file.mode:04o}", f"{file.uid}:{file.gid}", file.path, file.source) for _, file in files]
+        rows = [("mode and owner", "path", "from")]
+        rows += [("link" if file.link else attributes(file), file.path, file.source) for _, file in files]
         for line in table(rows):
             session.console.result(line[2:])
 

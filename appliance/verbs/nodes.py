@@ -1,0 +1,269 @@
+"""Verbs about running nodes: up, status, ssh, logs, verify, down."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from appliance.cli import Session, pass_session, verb
+from appliance.errors import ApplianceError
+from appliance.targets import base
+
+FIRST_LOGIN = "/run/samepage-app/first-login.json"
+DEFAULT_NAME = "samepage"
+
+name_option = click.option("--name", default=DEFAULT_NAME, show_default=True, help="The node's name on this host.")
+
+
+def read_credentials(_ctx: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, bytes]:
+    """NAME=FILE pairs as credentials."""
+    found = {}
+    for value in values:
+        name, equals, file = value.partition("=")
+        if not (name and equals and Path(file).is_file()):
+            raise click.BadParameter(f"{value!r} is not NAME=FILE with an existing file")
+        found[name] = Path(file).read_bytes()
+    return found
+
+
+@verb("up", "up --installed --firmware uefi --name second", "up --target docker")
+@name_option
+@click.option(
+    "--target",
+    "target_name",
+    type=click.Choice(["qemu", "docker"]),
+    default="qemu",
+    show_default=True,
+    help="Where to run it.",
+)
+@click.option("--installed", is_flag=True, help="Install the ISO on a fresh disk and boot that.")
+@click.option(
+    "--image",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Boot this .iso, .raw or .qcow2 instead.",
+)
+@click.option("--memory", type=click.IntRange(256), help="Memory in MiB; the layout's by default.")
+@click.option(
+    "--firmware",
+    type=click.Choice(["bios", "uefi"]),
+    default="bios",
+    show_default=True,
+    help="Firmware of the machine.",
+)
+@click.option(
+    "--credential",
+    "credentials",
+    multiple=True,
+    callback=read_credentials,
+    help="NAME=FILE, a systemd credential for the node.",
+)
+@click.option(
+    "--timeout", type=click.FloatRange(1), default=900.0, show_default=True, help="Seconds until it must be healthy."
+)
+@click.option("--no-wait", is_flag=True, help="Return as soon as it is started.")
+@click.option("--keep-on-error", is_flag=True, help="Leave a node that did not become healthy for inspection.")
+@click.option("--json", "as_json", is_flag=True, help="Print the node as JSON.")
+@pass_session
+def up(
+    session: Session, name: str, target_name: str, installed: bool, image: Path | None, memory: int | None, firmware: str,
+    credentials: dict[str, bytes], timeout: float, no_wait: bool, keep_on_error: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Start a node in the background, wait until it is healthy, and say how to reach it."""
+    if target_name == "docker" and (installed or image):
+        raise click.UsageError("--installed and --image belong to --target qemu")
+    request = make_request(session, name, target_name, installed, image, memory, firmware, credentials, timeout)
+    target = base.target_of(target_name)
+    started = time.time()
+    verb_name = "install and start" if installed else "start"
+    with session.console.stage(f"{verb_name} {name}"):
+        instance = base.bring_up(target, request, session.project)
+    try:
+        health: Any = {} if no_wait else await_health(session, target, instance, timeout, started)
+    except BaseException:
+        if not keep_on_error:
+            base.bring_down(instance)
+        raise
+    show(session, target, instance, health, as_json)
+
+
+def make_request(
+    session: Session, name: str, target_name: str, installed: bool, image: Path | None, memory: int | None, firmware: str,
+    credentials: dict[str, bytes], timeout: float,
+) -> base.Request:  # fmt: skip
+    """What to start; builds the ISO or the layers first where no image is named."""
+    from appliance import pipeline
+
+    options = pipeline.Options(project=session.project, layout=session.layout)
+    kind = "disk" if image and image.suffix in (".raw", ".qcow2", ".img") else "install" if installed else "iso"
+    layers: dict[str, str] = {}
+    if target_name == "docker":
+        kind, built = "layers", pipeline.build_layers(options, session.console)
+        memory = memory or built.model.nodes[0].memory
+        layers = {layer.kind: str(layer.image) for layer in built.layers}
+    elif image is None:
+        result = pipeline.build_iso(options, session.console)
+        image = result.artifact.path
+        memory = memory or result.model.nodes[0].memory
+    return base.Request(
+        name=name, image=image or Path(), kind=kind, memory=memory or 2048, firmware=firmware,  # type: ignore[arg-type]
+        credentials=credentials, deadline=timeout, hardware=layers,
+    )  # fmt: skip
+
+
+def await_health(session: Session, target: base.Target, instance: base.Instance, timeout: float, started: float) -> Any:
+    """Wait with progress and keep the time of the boot for the test report."""
+    with session.console.stage(f"wait until {instance.name} is healthy") as progress:
+        ok, detail = False, ""
+        try:
+            health = base.wait_healthy(target, instance, timeout, lambda passed: progress.update(passed, timeout, "s"))
+            ok = True
+            return health
+        except ApplianceError as error:
+            detail = error.message
+            raise
+        finally:
+            finish = time.time()
+            step = {
+                "name": "boot",
+                "start": started,
+                "finish": finish,
+                "seconds": finish - started,
+                "ok": ok,
+                "detail": detail,
+            }
+            if instance.folder.is_dir():
+                (instance.folder / "steps.json").write_text(json.dumps([step]) + "\n", encoding="utf-8")
+
+
+def show(session: Session, target: base.Target, instance: base.Instance, health: Any, as_json: bool) -> None:
+    """Says how to reach the node. The one-time password is asked of the node itself and kept nowhere."""
+    login: dict[str, str] = {}
+    if health:
+        done = target.execute(instance, ["cat", FIRST_LOGIN])
+        login = json.loads(done.stdout) if done.returncode == 0 else {}
+    if as_json:
+        session.console.result_json(record(instance) | {"health": health, "login": login})
+        return
+    seconds = f" after {health['boot_seconds']:.0f} s" if health.get("boot_seconds") else ""
+    session.console.result(f"{instance.name} is {'healthy' + seconds if health else 'started'}")
+    ssh_port = f", ssh on port {instance.ports['22']}" if "22" in instance.ports else ""
+    session.console.result(f"  address  {instance.address}{ssh_port}")
+    session.console.result(f"  URL      {instance.url}  (its certificate is its own)")
+    option = "" if instance.name == DEFAULT_NAME else f" --name {instance.name}"
+    session.console.result(f"  log in   ./build.py ssh{option}")
+    if login:
+        session.console.result(f"  sign in  {login.get('login')} with the one-time password {login.get('password')}")
+    session.console.result(f"  end it   ./build.py down{option}")
+
+
+def record(instance: base.Instance) -> dict[str, Any]:
+    """The node as plain values."""
+    return {
+        "name": instance.name, "target": instance.target, "address": instance.address, "url": instance.url,
+        "ports": dict(instance.ports),
+    }  # fmt: skip
+
+
+@verb("status", "status --json")
+@click.option("--json", "as_json", is_flag=True, help="Print the nodes as JSON.")
+@pass_session
+def status(session: Session, as_json: bool) -> int:
+    """Show the nodes of this checkout and their health; exit status 1 when one is not healthy."""
+    nodes = [look(instance) for instance in base.instances(session.project)]
+    if as_json:
+        session.console.result_json(nodes)
+    elif not nodes:
+        session.console.note("no node was started here; start one with: ./build.py up")
+    else:
+        from appliance.verbs.model import table
+
+        rows = [("node", "target", "state", "health", "URL")]
+        rows += [(node["name"], node["target"], node["state"], node["summary"], node["url"]) for node in nodes]
+        for line in table(rows):
+            session.console.result(line.removeprefix("  "))
+    return 1 if any(node["summary"] != "healthy" for node in nodes) else 0
+
+
+def look(instance: base.Instance) -> dict[str, Any]:
+    """One node with its state and the health it reports now."""
+    target = base.target_of(instance.target)
+    state = target.state(instance)
+    health: dict[str, Any] = {}
+    summary = "-"
+    if state == "running":
+        summary = "starting"
+        done = (
+            target.execute(instance, ["/opt/samepage/bin/samepage-health", "--json"])
+            if target.reachable(instance)
+            else None
+        )
+        if done and done.stdout.strip():
+            health = json.loads(done.stdout)
+            bad = [name for name, entry in sorted(health.get("recipes", {}).items()) if not entry["healthy"]]
+            summary = "healthy" if health.get("healthy") else f"not healthy: {', '.join(bad)}"
+    return record(instance) | {"state": state, "summary": summary, "health": health}
+
+
+@verb("ssh", "ssh -- journalctl -b -u nginx", context_settings={"ignore_unknown_options": True})
+@name_option
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@pass_session
+def ssh(session: Session, name: str, command: tuple[str, ...]) -> int:
+    """Open a shell on the node, or run COMMAND there and return its exit status."""
+    import sys
+
+    from appliance.run import attached
+
+    target, instance = running(session, name)
+    return attached(target.command(instance, command, terminal=sys.stdin.isatty()))
+
+
+@verb("logs", "logs --unit nginx --follow", "logs --console")
+@name_option
+@click.option("--unit", "-u", help="Only this unit.")
+@click.option("--follow", "-f", is_flag=True, help="Go on as it grows, until Ctrl-C.")
+@click.option(
+    "--console", "console_log", is_flag=True, help="What the node wrote to its console, also when it does not answer."
+)
+@pass_session
+def logs(session: Session, name: str, unit: str | None, follow: bool, console_log: bool) -> int:
+    """Print the node's journal of this boot."""
+    from appliance.run import attached
+
+    instance = base.find(session.project, name)
+    target = base.target_of(instance.target)
+    if console_log or not target.reachable(instance):
+        session.console.note(f"the console of {name}:")
+        session.console.result(target.console(instance))
+        return 0
+    words = ["journalctl", "-b", "--no-pager", *(["-u", unit] if unit else []), *(["-f"] if follow else [])]
+    return attached(target.command(instance, words))
+
+
+@verb("down", "down --name second", "down --all")
+@name_option
+@click.option("--all", "everything", is_flag=True, help="All nodes of this checkout.")
+@pass_session
+def down(session: Session, name: str, everything: bool) -> None:
+    """End a node and remove everything of it."""
+    chosen = base.instances(session.project) if everything else [base.find(session.project, name)]
+    for instance in chosen:
+        base.bring_down(instance)
+        session.console.note(f"{instance.name} is gone")
+    if not chosen:
+        session.console.note("no node was started here")
+
+
+def running(session: Session, name: str) -> tuple[base.Target, base.Instance]:
+    """The node of that name, which must run."""
+    instance = base.find(session.project, name)
+    target = base.target_of(instance.target)
+    if target.state(instance) != "running":
+        raise base.NodeError(
+            f"the node {name!r} does not run any more", hint=f"remove it with: ./build.py down --name {name}"
+        )
+    return target, instance
