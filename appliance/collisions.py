@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,6 @@ from appliance.accounts import STATIC_GROUPS, STATIC_USERS, group_ids, user_ids
 from appliance.errors import Faults, nearest
 from appliance.model import Model, Node, Ownership, Place, Recipe, StateDir, User
 from appliance.yamlfile import add_fault
-
-GENERATED = "/etc/samepage/"  # the builder writes node.json and health.d/ there
 
 
 @dataclass(slots=True)
@@ -32,11 +30,16 @@ class _Claims:
         add_fault(self.faults, place, message, f"the other claim is in {first.file}{line}")
 
 
-def find_collisions(model: Model, faults: Faults) -> None:
-    """Adds a fault for every collision, at the later of the two claims."""
+def find_collisions(model: Model, whole: bool, faults: Faults) -> None:
+    """Adds a fault for every collision, at the later of the two claims.
+
+    `whole` is false where recipes of the layout could not be read; they may hold the names that are missing.
+    """
     for node in model.nodes:
         _node_collisions(node, faults)
     _accounts(model.recipes, faults)
+    if whole:
+        _references(model.recipes, faults)
     app = _Claims(faults, "")
     for recipe in model.recipes:
         for source in recipe.sources:
@@ -52,7 +55,8 @@ def _node_collisions(node: Node, faults: Faults) -> None:
     for recipe in node.recipes:
         for port in recipe.ports:
             what = f"the port {port.number}/{port.protocol}"
-            claims.claim(("port", port.number, port.protocol), recipe.name, port.place, what)
+            if port.number:  # 0: not a valid number, which is a fault already
+                claims.claim(("port", port.number, port.protocol), recipe.name, port.place, what)
         for endpoint in recipe.provides:
             claims.claim(("endpoint", endpoint.name), recipe.name, endpoint.place, f"the endpoint {endpoint.name!r}")
             if endpoint.socket:
@@ -64,8 +68,6 @@ def _node_collisions(node: Node, faults: Faults) -> None:
         for source in recipe.sources:
             if source.target.startswith("/etc/"):
                 files.claim(source.target, recipe.name, source.place, f"the file {source.target}")
-                if source.target.startswith(GENERATED):
-                    add_fault(faults, source.place, f"the builder itself writes the files under {GENERATED}")
     for recipe in node.recipes:
         for name in recipe.mask:
             claims.claim(("unit", name), recipe.name, recipe.places[f"mask.{name}"], f"the unit {name} (masked here)")
@@ -91,7 +93,8 @@ def _accounts(recipes: tuple[Recipe, ...], faults: Faults) -> None:
         for user in recipe.users:
             holder, first = names.setdefault(user.name, (recipe.name, user))
             if first is user:
-                numbers.claim(user.uid, recipe.name, user.place, f"the uid {user.uid}")
+                if user.uid:  # 0: not a valid number, which is a fault already
+                    numbers.claim(user.uid, recipe.name, user.place, f"the uid {user.uid}")
                 if user.name in STATIC_USERS | STATIC_GROUPS:
                     add_fault(
                         faults, user.place, f"{user.name!r} is a static user or group of Debian", "leave the entry out"
@@ -101,27 +104,26 @@ def _accounts(recipes: tuple[Recipe, ...], faults: Faults) -> None:
                 add_fault(
                     faults, user.place, message, f"the other definition is in {first.place.file}:{first.place.line}"
                 )
-    if not all(recipe.readable for recipe in recipes):
-        return  # the missing names may be theirs
-    users, groups = user_ids(recipes), group_ids(recipes)
-    for place, what, name, valid in _references(recipes, users, groups):
-        if name not in valid:
-            add_fault(faults, place, f"there is no {what} {name!r}", nearest(name, valid))
 
 
 def _definition(user: User) -> tuple[object, ...]:
     return user.uid, user.home, user.groups, user.group_only
 
 
-def _references(
-    recipes: Iterable[Recipe], users: Mapping[str, int], groups: Mapping[str, int]
-) -> Iterator[tuple[Place, str, str, Mapping[str, int]]]:
-    """Every use of a user's or group's name: place, kind, name, valid names."""
+def _references(recipes: tuple[Recipe, ...], faults: Faults) -> None:
+    """Every owner and group that a recipe names must exist."""
+    users, groups = user_ids(recipes), group_ids(recipes)
+
+    def check(place: Place, what: str, name: str, valid: Mapping[str, int]) -> None:
+        if name not in valid:
+            hint = nearest(name, valid, "a recipe of the layout must define it under users")
+            add_fault(faults, place, f"there is no {what} {name!r}", hint)
+
     for recipe in recipes:
         for user in recipe.users:
             for group in user.groups:
-                yield user.place, "group", group, groups
+                check(user.place, "group", group, groups)
         owners: tuple[StateDir | Ownership, ...] = (*recipe.state, *recipe.ownership)
         for owned in owners:
-            yield owned.place, "user", owned.owner, users
-            yield owned.place, "group", owned.group, groups
+            check(owned.place, "user", owned.owner, users)
+            check(owned.place, "group", owned.group, groups)

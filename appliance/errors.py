@@ -91,10 +91,12 @@ class Faults:
             raise InputError(self.found)
 
 
-def nearest(word: str, valid: Iterable[str]) -> str:
-    """A hint that names the valid value closest to `word`, or all of them when none is close."""
+def nearest(word: str, valid: Iterable[str], otherwise: str = "") -> str:
+    """A hint that names the valid value closest to `word`; when none is close `otherwise`, or all of them."""
     names = sorted(valid)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]!r}?"
+    if otherwise:
+        return otherwise
     return f"valid here: {', '.join(names)}" if names else "nothing is valid here"

@@ -35,7 +35,10 @@ def generated_files(
         yield _file(f"/etc/samepage/health.d/{recipe.name}.json", _json(health), recipe.name, model)
         if recipe.state:
             folders = sorted(recipe.state, key=lambda state: state.path)
-            lines = [f"d {one.path} {one.mode:04o} {users[one.owner]} {groups[one.group]} - -\n" for one in folders]
+            lines = [
+                f"d {one.path} {one.mode:04o} {users.get(one.owner, 0)} {groups.get(one.group, 0)} - -\n"
+                for one in folders
+            ]
             yield _file(f"/etc/tmpfiles.d/samepage-{recipe.name}.conf", "".join(lines), recipe.name, model)
         for unit in recipe.units:
             if unit.enable:

@@ -37,21 +37,23 @@ def load_layout(project: Path, name: str, recipes: Mapping[str, Recipe], faults:
         return None
     fields = Fields(value, faults)
     summary = fields.text("summary")
+    missing: list[str] = [recipe.name for recipe in recipes.values() if not recipe.readable]
     nodes = [
-        _node(node_name, node, recipes)
+        _node(node_name, node, recipes, missing)
         for node_name, node in fields.entries("nodes", NAME, "the name of a node", required=True)
     ]
     if fields.has("nodes") and not nodes:
         fields.fault("nodes", "a layout has at least one node")
     used = {recipe.name: recipe for node, _ in nodes for recipe in node.recipes}
-    settings = _settings(fields, recipes, used)
+    settings = _settings(fields.take("settings", False), recipes, used, faults) if nodes else {}
+    fields.known.append("settings")
     fields.finish()
     if not nodes:
         return None
     complete = tuple(
         replace(
             node,
-            endpoints=frozen_map(_endpoints(node, place, [node for node, _ in nodes], recipes, faults)),
+            endpoints=frozen_map(_endpoints(node, place, [node for node, _ in nodes], recipes, not missing, faults)),
             shares=frozen_map(share_memory(node.memory, node.recipes)),
             settings=frozen_map({recipe.name: settings[recipe.name] for recipe in node.recipes}),
         )
@@ -60,17 +62,20 @@ def load_layout(project: Path, name: str, recipes: Mapping[str, Recipe], faults:
     model = Model(
         name, version, complete, tuple(used[key] for key in sorted(used)), file, summary, frozen_map(settings)
     )
-    validate(model, {node.name: place for node, place in nodes}, faults)
+    validate(model, {node.name: place for node, place in nodes}, not missing, faults)
     return model
 
 
-def validate(model: Model, places: Mapping[str, Place], faults: Faults) -> None:
-    """What the model must fulfil as a whole; `places` says where each node stands in the layout file."""
+def validate(model: Model, places: Mapping[str, Place], whole: bool, faults: Faults) -> None:
+    """What the model must fulfil as a whole.
+
+    `places` says where each node stands in the layout file; `whole` is false where some of its recipes are missing.
+    """
     addresses: dict[str, str] = {}
     for node in model.nodes:
         place = places[node.name]
         needed = sum(recipe.memory.minimum for recipe in node.recipes)
-        if needed > node.memory:
+        if needed > node.memory > 0:
             parts = ", ".join(
                 f"{recipe.name} {recipe.memory.minimum}" for recipe in node.recipes if recipe.memory.minimum
             )
@@ -81,7 +86,7 @@ def validate(model: Model, places: Mapping[str, Place], faults: Faults) -> None:
             add_fault(
                 faults, place, f"the address {node.address} belongs to the node {addresses[node.address]} already"
             )
-    find_collisions(model, faults)
+    find_collisions(model, whole, faults)
 
 
 def share_memory(memory: int, recipes: Sequence[Recipe]) -> dict[str, int]:
@@ -94,12 +99,14 @@ def share_memory(memory: int, recipes: Sequence[Recipe]) -> dict[str, int]:
     return {recipe.name: recipe.memory.minimum + spare * recipe.memory.weight // weights for recipe in recipes}
 
 
-def _node(name: str, fields: Fields, recipes: Mapping[str, Recipe]) -> tuple[Node, Place]:
+def _node(name: str, fields: Fields, recipes: Mapping[str, Recipe], missing: list[str]) -> tuple[Node, Place]:
+    """A node without what is allotted later, and its place; names of recipes that do not exist go into `missing`."""
     chosen = []
     for item in fields.texts("recipes", r"\S+", "the name of a recipe", required=True):
         if item.data in recipes:
             chosen.append(recipes[item.data])
         else:
+            missing.append(item.data)
             add_fault(fields.faults, item.place, f"there is no recipe {shown(item.data)}", nearest(item.data, recipes))
     if BASE not in [recipe.name for recipe in chosen] and BASE in recipes:
         fields.fault("recipes", f"the node lacks the recipe {BASE!r}, which every node boots from")
@@ -134,24 +141,21 @@ def _address(fields: Fields) -> tuple[str, int]:
 
 
 def _settings(
-    fields: Fields, recipes: Mapping[str, Recipe], used: Mapping[str, Recipe]
+    found: Value | None, recipes: Mapping[str, Recipe], used: Mapping[str, Recipe], faults: Faults
 ) -> dict[str, Mapping[str, Any]]:
     """The settings of every used recipe: its defaults with the layout's overrides."""
-    result = {name: dict(recipe.settings) for name, recipe in used.items()}
-    found = fields.take("settings", False)
-    if found is None:
-        return {name: frozen_map(values) for name, values in result.items()}
-    if not isinstance(found.data, Mapping):
-        add_fault(fields.faults, found.place, f"must be a mapping, not {found.kind}")
-        return {name: frozen_map(values) for name, values in result.items()}
-    for name, overrides in found.data.items():
-        if name not in recipes:
-            add_fault(fields.faults, overrides.place, f"there is no recipe {shown(name)}", nearest(name, used))
-        elif name not in used:
-            add_fault(fields.faults, overrides.place, f"the recipe {name!r} is on no node of this layout")
-        else:
-            result[name] = _override(result[name], overrides, fields.faults)
-    return {name: frozen_map(values) for name, values in result.items()}
+    result: dict[str, Mapping[str, Any]] = {name: recipe.settings for name, recipe in used.items()}
+    if found is not None and not isinstance(found.data, Mapping):
+        add_fault(faults, found.place, f"must be a mapping, not {found.kind}")
+    elif found is not None:
+        for name, overrides in found.data.items():
+            if name not in recipes:
+                add_fault(faults, overrides.place, f"there is no recipe {shown(name)}", nearest(name, used))
+            elif name not in used:
+                add_fault(faults, overrides.place, f"the recipe {name!r} is on no node of this layout")
+            elif recipes[name].readable:
+                result[name] = frozen_map(_override(result[name], overrides, faults))
+    return result
 
 
 def _override(default: Any, value: Value, faults: Faults) -> Any:
@@ -176,9 +180,12 @@ def _override(default: Any, value: Value, faults: Faults) -> Any:
 
 
 def _endpoints(
-    node: Node, place: Place, nodes: Sequence[Node], recipes: Mapping[str, Recipe], faults: Faults
+    node: Node, place: Place, nodes: Sequence[Node], recipes: Mapping[str, Recipe], whole: bool, faults: Faults
 ) -> dict[str, Resolved]:
-    """Every endpoint the node's recipes provide or need. An unresolved one is a fault and gets a stand-in."""
+    """Every endpoint the node's recipes provide or need. An unresolved one is a fault and gets a stand-in.
+
+    `whole` is false where recipes are missing, of which one may provide what nothing else does.
+    """
     found = {
         endpoint.name: Resolved(endpoint.name, "127.0.0.1", _port(recipe, endpoint), endpoint.socket, recipe.name, True)
         for recipe in node.recipes
@@ -187,7 +194,7 @@ def _endpoints(
     for recipe in node.recipes:
         for need in recipe.needs:
             if need not in found:
-                found[need] = _remote(need, recipe, node, place, nodes, recipes, faults)
+                found[need] = _remote(need, recipe, node, place, nodes, recipes, whole, faults)
     return dict(sorted(found.items()))
 
 
@@ -198,6 +205,7 @@ def _remote(
     place: Place,
     nodes: Sequence[Node],
     recipes: Mapping[str, Recipe],
+    whole: bool,
     faults: Faults,
 ) -> Resolved:
     offers = [
@@ -209,16 +217,16 @@ def _remote(
     ]
     reachable = [offer for offer in offers if _exposed(offer[1], offer[2])]
     who = f"the recipe {recipe.name!r} on the node {node.name!r} needs {need!r}"
-    if not offers:
+    if not offers and whole:
         _unprovided(need, recipe, place, recipes, faults)
-    elif not reachable:
+    elif offers and not reachable:
         peer, provider, _ = offers[0]
         message = f"{who}, which the recipe {provider.name!r} gives to its own node {peer.name!r} only"
         add_fault(faults, place, message, f"give its port exposure cluster, or place {provider.name} on {node.name}")
     elif len(reachable) > 1:
         where = ", ".join(f"{provider.name} on {peer.name}" for peer, provider, _ in reachable)
         add_fault(faults, place, f"{who}, which several offer: {where}", f"place one of them on {node.name}")
-    elif not reachable[0][0].address:
+    elif reachable and not reachable[0][0].address:
         message = f"{who} from the node {reachable[0][0].name!r}, which has no fixed address"
         add_fault(faults, place, message, f"give {reachable[0][0].name} an address")
     if not reachable:
@@ -228,9 +236,7 @@ def _remote(
 
 
 def _unprovided(need: str, recipe: Recipe, place: Place, recipes: Mapping[str, Recipe], faults: Faults) -> None:
-    """The fault of a need that no node fulfils; silent when an unreadable recipe may be the one that does."""
-    if not all(other.readable for other in recipes.values()):
-        return
+    """The fault of a need that no node fulfils."""
     providers = sorted(other.name for other in recipes.values() for endpoint in other.provides if endpoint.name == need)
     if providers:
         message = f"the recipe {recipe.name!r} needs {need!r}, which no node of the layout provides"

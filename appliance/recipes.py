@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ _USER = r"[a-z_][a-z0-9_-]{0,30}"
 _WORD = r"[a-z][a-z0-9_-]{0,62}"
 _PACKAGE = r"[a-z0-9][a-z0-9+.-]+"
 _PATH = r"(/[A-Za-z0-9@:._+-]+)+"
+_GLOB = r"(/[A-Za-z0-9@:._+*?\[\]-]+)+/?"
 _UNIT = r"[A-Za-z0-9@:._\\-]+\.(service|socket|target|timer|path|mount|automount|slice|swap)"
 _MODULE = r"(?!.*\.\.)[A-Za-z0-9_-]+(/[A-Za-z0-9_.-]+)*"
 _PROBE_KINDS: tuple[ProbeKind, ...] = ("unit", "http", "tcp", "unix", "command")
@@ -70,7 +72,9 @@ def load_recipe(project: Path, folder: Path, faults: Faults) -> Recipe:
     ports = tuple(_ports(fields))
     users = tuple(_users(fields))
     include = _include(project, fields)
-    sources = find_sources(project, folder, include, faults)
+    build = _build(folder, fields)
+    known = [path for path, _ in include.values()] + ([folder / build] if build else [])
+    sources = find_sources(project, folder, include, known, faults)
     units = tuple(_units(fields, sources))
     needs = fields.texts("needs", _WORD, "the name of an endpoint")
     mask = fields.texts("mask", _UNIT, "the name of a unit")
@@ -96,6 +100,8 @@ def load_recipe(project: Path, folder: Path, faults: Faults) -> Recipe:
         sources=sources,
         ownership=tuple(_ownership(fields, sources)),
         readable=value is not None,
+        build=build,
+        exclude=tuple(item.data for item in fields.texts("exclude", _GLOB, "an absolute path, with * for any text")),
         places=frozen_map(
             {f"{key}.{item.data}": item.place for key, items in (("needs", needs), ("mask", mask)) for item in items}
         ),
@@ -238,7 +244,7 @@ def _health(fields: Fields, units: tuple[Unit, ...]) -> Iterator[Probe]:
         target = "".join(targets)
         if kind == "unit" and target and "{" not in target and target not in [unit.name for unit in units]:
             probe.fault("unit", f"the recipe has no unit {target!r}", nearest(target, [unit.name for unit in units]))
-        if probe.has("expect") and kind != "http":
+        if probe.has("expect") and len(kinds) == 1 and kind != "http":
             probe.fault("expect", f"has a meaning for http only, not for {kind}")
         expect = probe.text(
             "expect", "200" if kind == "http" else "", pattern=r"[1-5][0-9][0-9]( [^\n]+)?|", what='"200" or "200 text"'
@@ -291,6 +297,16 @@ def _include(project: Path, fields: Fields) -> dict[str, tuple[Path, Place]]:
             else:
                 result[target] = (project / posixpath.normpath(value.data), value.place)
     return result
+
+
+def _build(folder: Path, fields: Fields) -> str:
+    """The recipe's own step of the base layer's build: an executable file of its folder."""
+    name = fields.text("build", "", pattern=r"[a-z][a-z0-9._-]*", what="the name of a file in the recipe's folder")
+    if name and not (folder / name).is_file():
+        fields.fault("build", f"the recipe has no file {name}")
+    elif name and not os.access(folder / name, os.X_OK):
+        fields.fault("build", f"{name} is not executable", f"chmod +x {fields.place.file.rpartition('/')[0]}/{name}")
+    return name
 
 
 def _ownership(fields: Fields, sources: tuple[Source, ...]) -> Iterator[Ownership]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -43,13 +43,11 @@ def render_tree(model: Model, node: Node, faults: Faults) -> RenderedTree:
     app: dict[str, RenderedFile] = {}
     for recipe in model.recipes:
         app |= _rendered_sources(model, recipe, "/opt/", app_variables(model, recipe), faults)
-    for file in generated_files(model, node, config | app, probes):
-        first = config.setdefault(file.path, file)
-        if first is not file:
-            faults.add(
-                first.source, 0, "", f"{file.path} is made by the builder, from {file.source}", "leave the file out"
-            )
-    return RenderedTree(node.name, _sorted(config), _sorted(app))
+    generated = {file.path: file for file in generated_files(model, node, config | app, probes)}
+    for path in sorted(generated.keys() & config.keys()):
+        message = f"{path} is made by the builder, from {generated[path].source}"
+        faults.add(config[path].source, 0, "", message, "leave the file out")
+    return RenderedTree(node.name, _sorted(config | generated), _sorted(app))
 
 
 def app_variables(model: Model, recipe: Recipe) -> dict[str, Any]:
@@ -106,7 +104,7 @@ def _rendered_sources(
         mode = mode if one is None or one.mode is None else one.mode
         found[path] = RenderedFile(path, content, mode, uid, gid, recipe.name, source, link)
 
-    for source in recipe.sources:
+    for source in recipe.sources if recipe.readable else ():
         if source.target.startswith(root):
             content = b"" if source.link else _content(source, variables, faults)
             if content is not None:
@@ -134,32 +132,42 @@ def _content(source: Source, variables: Mapping[str, Any], faults: Faults) -> by
         if rendered is None:
             return None
         content = rendered.encode()
-    message = _malformed(source.target, content)
-    if message:
-        faults.add(source.place.file, 0, "", message)
+    for line, message in _malformed(source.target, content):
+        written = 0 if source.template else line
+        wrong = content.decode("utf-8", "replace").splitlines()[line - 1].strip() if line else ""
+        if source.template and line:  # the line of the template, where it has the wrong line as it is
+            written = next((n for n, text in enumerate(text.splitlines(), 1) if text.strip() == wrong), 0)
+        faults.add(
+            source.place.file, written, "", f"gives {source.target}, {message}" + (f": {wrong}" if wrong else "")
+        )
         return None
     return content
 
 
-def _malformed(target: str, content: bytes) -> str:
-    """Why the content does not fit the kind of file that the target's name promises; empty when it does."""
+def _malformed(target: str, content: bytes) -> Iterator[tuple[int, str]]:
+    """Why the content does not fit the kind of file that the target's name promises, with the line (0: as a whole)."""
     if target.endswith(".json"):
         try:
             json.loads(content)
-        except ValueError as error:
-            return f"gives {target}, which is not JSON: {error}"
+        except json.JSONDecodeError as error:
+            yield error.lineno, f"which is not JSON ({error.msg})"
+        except ValueError:
+            yield 0, "which is not JSON (not UTF-8 text)"
     if _UNIT_FILE.fullmatch(target):
-        lines = content.decode("utf-8", "replace").replace("\\\n", " ").splitlines()
-        written = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith(("#", ";"))]
+        sections = []
+        continued = False
+        for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+            text = line.strip()
+            if text.startswith(("#", ";")):
+                continue
+            if _SECTION.fullmatch(text):
+                sections.append(text)
+            elif text and not continued and ("=" not in text or not sections):
+                yield number, "in which a line is neither a [Section] nor a Key=value of one"
+            continued = line.endswith("\\")
         needed = "[Service]" if target.endswith(".service") else ""
-        if not written or not _SECTION.fullmatch(written[0]):
-            return f"gives the unit file {target}, which does not begin with a [Section]"
-        if needed and needed not in written:
-            return f"gives the unit file {target}, which has no section {needed}"
-        wrong = next((line for line in written if "=" not in line and not _SECTION.fullmatch(line)), "")
-        if wrong:
-            return f"gives the unit file {target}, in which {wrong!r} is neither a [Section] nor a Key=value"
-    return ""
+        if not sections or (needed and needed not in sections):
+            yield 0, f"which has no {needed or '[Section]'}"
 
 
 def _sorted(files: Mapping[str, RenderedFile]) -> tuple[RenderedFile, ...]:

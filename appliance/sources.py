@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from appliance.errors import Faults, nearest
@@ -18,10 +18,13 @@ _LEFT_OUT = ("__pycache__",)
 
 
 def find_sources(
-    project: Path, folder: Path, include: Mapping[str, tuple[Path, Place]], faults: Faults
+    project: Path, folder: Path, include: Mapping[str, tuple[Path, Place]], known: Iterable[Path], faults: Faults
 ) -> tuple[Source, ...]:
-    """Every file of templates/, files/ and the included folders (target -> folder), sorted by target."""
-    _refuse_strangers(project, folder, [path for path, _ in include.values()], faults)
+    """Every file of templates/, files/ and the included folders (target -> folder), sorted by target.
+
+    `known` are the paths that recipe.yaml names; what else stands in the folder is a fault.
+    """
+    _refuse_strangers(project, folder, tuple(known), faults)
     found: dict[str, Source] = {}
     for source in _all_sources(project, folder, include, faults):
         first = found.setdefault(source.target, source)
@@ -30,11 +33,11 @@ def find_sources(
     return tuple(found[target] for target in sorted(found))
 
 
-def _refuse_strangers(project: Path, folder: Path, included: list[Path], faults: Faults) -> None:
+def _refuse_strangers(project: Path, folder: Path, known: tuple[Path, ...], faults: Faults) -> None:
     """Only known names may stand in a recipe's folder, so that a misspelt one is not silently ignored."""
     for path in sorted(folder.iterdir()):
-        known = path.name in CONTENTS or path.name in _LEFT_OUT or any(path in (one, *one.parents) for one in included)
-        if not known:
+        named = any(path in (one, *one.parents) for one in known)
+        if not named and path.name not in CONTENTS + _LEFT_OUT:
             hint = nearest(path.name, CONTENTS)
             faults.add(path.relative_to(project).as_posix(), 0, "", "has no meaning in a recipe's folder", hint)
 

@@ -104,6 +104,8 @@ def _undefined(name: str, owner: Any, variables: Variables) -> tuple[str, str]:
     if owner is missing:
         return f"the variable {name!r} is not defined", nearest(name, variables)
     valid = [str(key) for key in owner] if isinstance(owner, Mapping) else []
+    if owner is variables.get("endpoints"):
+        return f"the recipe neither needs nor provides the endpoint {name!r}", nearest(name, valid, "add it to needs")
     holder = next((key for key, value in variables.items() if value is owner), "")
     return f"{holder or 'the value'} has no {name!r}", nearest(str(name), valid) if valid else ""
 

@@ -22,6 +22,7 @@ MAX_DEPTH = 16
 _CONSTANTS = {"true": True, "false": False, "null": None, "~": None, "": None}
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
 _FLOAT = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})\.[0-9]{1,17}")
+REFUSED = object()  # stands for a value that is a fault already
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -124,7 +125,7 @@ class _Builder:
         if getattr(event, "anchor", None) is not None:
             self.refuse(line, key, "anchors and aliases are not allowed", "write the value out")
         if isinstance(event, yaml.AliasEvent):
-            return Value(None, place)
+            return Value(REFUSED, place)
         if event.tag is not None:
             self.refuse(line, key, f"the tag {shown(event.tag)} is not allowed", "write the plain value")
         if isinstance(event, yaml.ScalarEvent):
@@ -235,6 +236,8 @@ class Fields:
         if found is None:
             if required and not broken:
                 self.fault(None, f"lacks the key {name!r}")
+        elif found.data is REFUSED:
+            return None
         elif found.data is None:
             add_fault(self.faults, found.place, "has no value", "give one, or leave the key out")
             return None
@@ -252,20 +255,21 @@ class Fields:
     def text(
         self, name: str, default: str | None = None, *, pattern: str = r"[^\n]+", what: str = "one line of text"
     ) -> str:
-        """A text that matches `pattern` as a whole; required when `default` is None."""
+        """A text that matches `pattern` as a whole; required when `default` is None, and empty after a fault."""
         found = self._scalar(
             name, default, what, lambda data: isinstance(data, str) and bool(re.fullmatch(pattern, data))
         )
         return cast(str, found if found is not None else "")
 
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
+        """A whole number; required when `default` is None, and 0 after a fault."""
         found = self._scalar(
             name,
             default,
             f"a whole number from {low} to {high}",
             lambda data: type(data) is int and low <= data <= high,
         )
-        return cast(int, found if found is not None else low)
+        return cast(int, found or 0)
 
     def number(self, name: str, low: float, high: float, default: float) -> float:
         expected = f"a number from {low:g} to {high:g}"
