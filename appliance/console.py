@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ class Console:
     explain: bool = False
     stages: list[StageTime] = field(default_factory=list)
     _last: float = 0.0
+    _active: list[_StageProgress] = field(default_factory=list)
 
     @property
     def live(self) -> bool:
@@ -78,19 +80,30 @@ class Console:
 
     @contextmanager
     def stage(self, name: str, reason: str = "") -> Iterator[Progress]:
-        """One step of the pipeline with its time; `reason` says why it runs."""
+        """One step of the pipeline with its time; `reason` says why it runs. Shows that time passes, whatever happens."""
         started = time.monotonic()
         if "TEAMCITY_VERSION" in os.environ:
             self.note(f"##teamcity[blockOpened name='{teamcity_escape(name)}']")
         elif os.environ.get("GITHUB_ACTIONS") == "true":
             self.note(f"::group::{name}")
-        self.note(f"{name}" + (f" ({reason})" if reason and self.explain else ""))
+        self.note(f"{name} ..." + (f"  ({reason})" if reason and self.explain else ""))
+        progress = _StageProgress(self, name, started)
+        done = threading.Event()
+        self._active.append(progress)
+        ticker = threading.Thread(target=progress.tick, args=(done,), daemon=True)
+        ticker.start()
+        self._last = started if not self.live else 0.0
+        how = "failed after"
         try:
-            yield _StageProgress(self, name, started)
+            yield progress
+            how = "done in"
         finally:
+            done.set()
+            ticker.join()
+            self._active.remove(progress)
             seconds = time.monotonic() - started
             self.stages.append(StageTime(name, seconds, reason))
-            self.note(f"{name}: {seconds:.1f} s")
+            self.note(f"{name}: {how} {seconds:.1f} s")
             if "TEAMCITY_VERSION" in os.environ:
                 self.note(f"##teamcity[blockClosed name='{teamcity_escape(name)}']")
             elif os.environ.get("GITHUB_ACTIONS") == "true":
@@ -109,23 +122,34 @@ class Console:
 
     def _draw(self, text: str) -> None:
         now = time.monotonic()
-        every = 0.1 if self.live else 5.0
+        every = 0.1 if self.live else 15.0
         if self.style == "none" or now - self._last < every:
             return
         self._last = now
         print(f"\r\033[K{text}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _StageProgress:
     console: Console
     name: str
     started: float
+    amount: str = ""
 
     def update(self, done: float, total: float, unit: str) -> None:
-        passed = time.monotonic() - self.started
         if unit == "bytes":
-            amount = f"{done / 1e6:.0f}" + (f" of {total / 1e6:.0f}" if total else "") + " MB"
+            self.amount = f"{done / 1e6:.0f}" + (f" of {total / 1e6:.0f}" if total else "") + " MB, "
+        elif unit == "s":
+            self.amount = f"at most {total:.0f} s, " if total else ""
         else:
-            amount = f"{done:.0f}" + (f" of {total:.0f}" if total else "") + f" {unit}"
-        self.console._draw(f"{self.name}: {amount}, {passed:.0f} s")
+            self.amount = f"{done:.0f}" + (f" of {total:.0f}" if total else "") + f" {unit}, "
+        self.draw()
+
+    def draw(self) -> None:
+        self.console._draw(f"{self.name}: {self.amount}{time.monotonic() - self.started:.0f} s")
+
+    def tick(self, done: threading.Event) -> None:
+        """Redraws while nothing is reported; only the innermost stage does."""
+        while not done.wait(1.0):
+            if self.console._active and self.console._active[-1] is self:
+                self.draw()

@@ -7,6 +7,7 @@ The guest reaches the world through QEMU's user network; its ports 22, 80 and 44
 from __future__ import annotations
 
 import base64
+import io
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from appliance.errors import HostError
 from appliance.model import frozen_map
+from appliance.node import paths
+from appliance.node.release import parse
 from appliance.run import run
 from appliance.targets.base import (
     GUEST_PORTS,
@@ -34,7 +37,7 @@ from appliance.targets.base import (
     tail,
     wait_for_end,
 )
-from appliance.targets.qmp import Qmp
+from appliance.targets.qmp import EndedError, Qmp
 
 PROGRAM = "qemu-system-x86_64"
 OVMF_FOLDERS = ("/usr/share/OVMF", "/usr/share/edk2/x64", "/usr/share/edk2/ovmf")
@@ -43,6 +46,7 @@ OVMF_NAMES = (
     ("OVMF_CODE.fd", "OVMF_VARS.fd"),
     ("OVMF_CODE.4m.fd", "OVMF_VARS.4m.fd"),
 )
+FAILED_INSTALL = b"Nothing was installed."  # said by the initramfs when the installer gave up
 DISK_SIZE = "16G"  # of a fresh disk to install on; grows on the host as it is filled
 
 # Disk controllers by their name in Request.hardware["disk"]: devices before the disk, and the disk's own device.
@@ -282,35 +286,47 @@ def install(request: Request, folder: Path, credentials: Mapping[str, bytes]) ->
 
 
 def wait_installed(instance: Instance, deadline: float) -> None:
-    """The installer restarts the machine when it is done, and switches it off or stays when it failed."""
-    started = time.monotonic()
+    """The installer restarts the machine when it is done, and says so on the console when it failed."""
+    end = time.monotonic() + deadline
     reason = ""
-    with suppress(NodeError), Qmp(Path(instance.details["sockets"]) / "qmp") as qmp:
-        reason = str(qmp.wait_event("SHUTDOWN", deadline).get("data", {}).get("reason", ""))
-    if reason == "guest-reset":
-        return
-    how = f"ended with {reason}" if reason else f"was not done within {time.monotonic() - started:.0f} s"
-    raise NodeError(
-        f"the installation of {instance.name!r} {how}\n{tail(instance.console_log)}",
-        hint="the lines above are the installer's",
-    )
+    with suppress(EndedError), Qmp(Path(instance.details["sockets"]) / "qmp") as qmp:
+        while not reason and time.monotonic() < end:
+            event = qmp.next_event("SHUTDOWN", 1.0)
+            reason = str(event["data"]["reason"]) if event else ""
+            if FAILED_INSTALL in instance.console_log.read_bytes():
+                reason = "failed"
+    if reason != "guest-reset":
+        how = f"ended with {reason}" if reason else f"was not done within {deadline:.0f} s"
+        raise NodeError(
+            f"the installation of {instance.name!r} {how}\n{tail(instance.console_log)}",
+            hint="the lines above are the installer's; give it longer with --timeout",
+        )
 
 
 def kernel_of_iso(iso: Path, folder: Path) -> tuple[Path, Path, str]:
-    """Copies kernel and initrd of the ISO's only release into the folder; returns them and the live command line."""
+    """Copies kernel and initrd of the ISO's release into the folder; returns them and the live command line."""
     from pycdlib import PyCdlib
+    from pycdlib.pycdlibexception import PyCdlibException
 
     image = PyCdlib()
     image.open(str(iso))
     try:
-        kernels = [
-            entry.file_identifier().decode()
-            for entry in image.list_children(rr_path="/samepage/kernels")
-            if not entry.is_dot() and not entry.is_dotdot()
+        releases = f"/{paths.MEDIUM_ROOT}/{paths.RELEASES}"
+        names = [
+            entry.rock_ridge.name().decode() for entry in image.list_children(rr_path=releases) if entry.rock_ridge
         ]
-        raise NotImplementedError(kernels)
+        version = next(name for name in names if name)
+        record = io.BytesIO()
+        image.get_file_from_iso_fp(record, rr_path=f"{releases}/{version}/release.json")
+        kernel = parse(record.getvalue()).kernel
+        for name in ("vmlinuz", "initrd"):
+            place = f"/{paths.MEDIUM_ROOT}/{paths.KERNELS}/{kernel.id}/{name}"
+            image.get_file_from_iso(str(folder / name), rr_path=place)
+    except (StopIteration, PyCdlibException) as error:
+        raise NodeError(f"{iso} is not an ISO of the appliance", hint="build one with: ./build.py iso") from error
     finally:
         image.close()
+    return folder / "vmlinuz", folder / "initrd", f"{kernel.cmdline} samepage.mode=live samepage.release={version}"
 
 
 def _pid(folder: Path) -> int:

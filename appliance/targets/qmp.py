@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import socket
 import time
 from pathlib import Path
@@ -11,6 +12,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from appliance.targets.base import NodeError
+
+
+class EndedError(NodeError):
+    """The virtual machine ended while it was talked to."""
 
 
 class Qmp:
@@ -24,7 +29,7 @@ class Qmp:
         except OSError as error:
             self._socket.close()
             raise NodeError(f"the virtual machine does not answer at {path}: {error.strerror}") from error
-        self._file = self._socket.makefile("rwb")
+        self._received = b""
         self.events: list[dict[str, Any]] = []
         self._read()  # greeting
         self.execute("qmp_capabilities")
@@ -35,23 +40,24 @@ class Qmp:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
         self._socket.close()
 
     def _read(self) -> dict[str, Any]:
-        try:
-            line = self._file.readline()
-        except OSError as error:
-            raise NodeError("the virtual machine does not answer its control socket") from error
-        if not line:
-            raise NodeError("the virtual machine ended")
+        while b"\n" not in self._received:
+            try:
+                data = self._socket.recv(65536)
+            except OSError as error:
+                raise NodeError("the virtual machine does not answer its control socket") from error
+            if not data:
+                raise EndedError("the virtual machine ended")
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
         return message
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """Run one command and return its result. Raises NodeError with QEMU's own words when it fails."""
-        self._file.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
-        self._file.flush()
+        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
         while True:
             answer = self._read()
             if "event" in answer:
@@ -65,19 +71,20 @@ class Qmp:
         """Run a command of the human monitor; returns what it printed."""
         return str(self.execute("human-monitor-command", **{"command-line": line}))
 
-    def wait_event(self, name: str, timeout: float) -> dict[str, Any]:
-        """The next event of that name, also one that came during earlier commands."""
+    def next_event(self, name: str, timeout: float) -> dict[str, Any] | None:
+        """The next event of that name, also one that came during earlier commands; None after `timeout` seconds."""
         for event in self.events:
             if event["event"] == name:
                 self.events.remove(event)
                 return event
         end = time.monotonic() + timeout
         while (left := end - time.monotonic()) > 0:
-            self._socket.settimeout(left)
+            if b"\n" not in self._received and not select.select([self._socket], [], [], left)[0]:
+                break
             message = self._read()
             if message.get("event") == name:
                 return message
-        raise NodeError(f"the virtual machine did not report {name} within {timeout:.0f} s")
+        return None
 
 
 class Serial:

@@ -68,15 +68,21 @@ def completion(session: Session, shell: str) -> None:
 
 
 @verb("test", "test tests/unit -k lock", context_settings={"ignore_unknown_options": True})
+@click.option("--lint", is_flag=True, help="Lint and check types first; always done where no ARGUMENTS are given.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @pass_session
-def test(session: Session, arguments: tuple[str, ...]) -> int:
-    """Run the project's tests; what is given goes to pytest."""
+def test(session: Session, lint: bool, arguments: tuple[str, ...]) -> int:
+    """Run the project's tests; ARGUMENTS go to pytest. Results also as JUnit XML in dist/test-results.xml."""
     from appliance.run import attached
 
-    return attached(
-        [sys.executable, "-m", "pytest", "--rootdir", session.project, *(arguments or [str(session.project / "tests")])]
-    )
+    checks = [["ruff", "check", "."], ["mypy"]] if lint or not arguments else []
+    tests = [*(arguments or ["tests"]), "--junitxml", str(session.project / "dist" / "test-results.xml")]
+    for words in (*checks, ["pytest", *tests]):
+        session.console.note(f"running {words[0]}")
+        status = attached([sys.executable, "-m", *words], cwd=session.project)
+        if status:
+            return status
+    return 0
 
 
 @verb("bench", "bench --help", context_settings={"ignore_unknown_options": True}, add_help_option=False)
