@@ -226,9 +226,10 @@ def _remote(
     elif len(reachable) > 1:
         where = ", ".join(f"{provider.name} on {peer.name}" for peer, provider, _ in reachable)
         add_fault(faults, place, f"{who}, which several offer: {where}", f"place one of them on {node.name}")
-    elif reachable and not reachable[0][0].address:
-        message = f"{who} from the node {reachable[0][0].name!r}, which has no fixed address"
-        add_fault(faults, place, message, f"give {reachable[0][0].name} an address")
+    elif reachable:
+        for unknown in (peer for peer in (reachable[0][0], node) if not peer.address):
+            message = f"{who} from the node {reachable[0][0].name!r}, but {unknown.name!r} has no fixed address"
+            add_fault(faults, place, message, f"give {unknown.name} an address")
     if not reachable:
         return Resolved(need, "127.0.0.1", 0, "", "", False)
     peer, provider, endpoint = reachable[0]

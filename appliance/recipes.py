@@ -37,6 +37,7 @@ _USER = r"[a-z_][a-z0-9_-]{0,30}"
 _WORD = r"[a-z][a-z0-9_-]{0,62}"
 _PACKAGE = r"[a-z0-9][a-z0-9+.-]+"
 _PATH = r"(/[A-Za-z0-9@:._+-]+)+"
+_FILE = r"(?!.*\.\.)[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)*"
 _GLOB = r"(/[A-Za-z0-9@:._+*?\[\]-]+)+/?"
 _UNIT = r"[A-Za-z0-9@:._\\-]+\.(service|socket|target|timer|path|mount|automount|slice|swap)"
 _MODULE = r"(?!.*\.\.)[A-Za-z0-9_-]+(/[A-Za-z0-9_.-]+)*"
@@ -301,7 +302,7 @@ def _include(project: Path, fields: Fields) -> dict[str, tuple[Path, Place]]:
 
 def _build(folder: Path, fields: Fields) -> str:
     """The recipe's own step of the base layer's build: an executable file of its folder."""
-    name = fields.text("build", "", pattern=r"[a-z][a-z0-9._-]*", what="the name of a file in the recipe's folder")
+    name = fields.text("build", "", pattern=_FILE, what="the name of a file in the recipe's folder")
     if name and not (folder / name).is_file():
         fields.fault("build", f"the recipe has no file {name}")
     elif name and not os.access(folder / name, os.X_OK):

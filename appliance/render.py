@@ -73,7 +73,7 @@ def node_variables(model: Model, node: Node, recipe: Recipe) -> dict[str, Any]:
         "endpoints": {name: asdict(endpoint) for name, endpoint in node.endpoints.items() if name in own},
         "all_recipes": [other.name for other in node.recipes],
         "open_ports": [_port(other, port) for other, port in ports if port.exposure == "public"],
-        "cluster_ports": [_port(other, port) for other, port in ports if port.exposure == "cluster" and peers],
+        "cluster_ports": _cluster_ports(node, ports, peers),
     }
 
 
@@ -83,6 +83,22 @@ def _node(node: Node) -> dict[str, Any]:
 
 def _port(recipe: Recipe, port: Port) -> dict[str, Any]:
     return {"number": port.number, "protocol": port.protocol, "name": port.name, "recipe": recipe.name}
+
+
+def _cluster_ports(node: Node, ports: list[tuple[Recipe, Port]], peers: list[Node]) -> list[dict[str, Any]]:
+    """The ports that recipes on other nodes use, each with the addresses of those nodes."""
+    found = []
+    for recipe, port in ports:
+        offered = [endpoint.name for endpoint in recipe.provides if endpoint.port == port.name]
+        users = [peer.address for peer in peers if any(_reaches(peer, name, node) for name in offered)]
+        if users and port.exposure == "cluster":
+            found.append(_port(recipe, port) | {"peers": users})
+    return found
+
+
+def _reaches(peer: Node, endpoint: str, node: Node) -> bool:
+    found = peer.endpoints.get(endpoint)
+    return found is not None and not found.local and found.host == node.address
 
 
 def _rendered_probe(probe: Probe, variables: Mapping[str, Any], faults: Faults) -> Probe:

@@ -56,7 +56,7 @@ def _read(root: Path, entry: dict[str, Any]) -> RenderedFile:
 
 
 def diff_trees(old: RenderedTree, new: RenderedTree) -> str:
-    """A unified diff from one tree to another, with lines for changed mode, owner and link; empty when they are alike."""
+    """A unified diff from one tree to another, with lines for changed mode, owner and link; empty if they are alike."""
     before = {file.path: file for file in (*old.config, *old.app)}
     after = {file.path: file for file in (*new.config, *new.app)}
     return "".join(line for path in sorted(before | after) for line in _diff(path, before.get(path), after.get(path)))

@@ -301,6 +301,21 @@ BROKEN: dict[str, list[Change]] = {
 }
 
 
+# The same for the lock, which is made for the valid project: the text to replace in it, and what to put there.
+BROKEN_LOCK: dict[str, tuple[str, str]] = {
+    "lock-not-json": ('"epoch": 1', '"epoch": 1,'),
+    "lock-empty": ("*", ""),
+    "lock-format": ('"format": 1', '"format": 99'),
+    "lock-key-missing": ('"epoch": 1,', ""),
+    "lock-other-suite": ('"suite": "trixie"', '"suite": "bookworm"'),
+    "lock-package-missing": ('"store-server", ', ""),
+    "lock-package-not-asked-for": ('"python3", ', '"python2", "python3", '),
+    "lock-sha256": ("b" * 64, "b" * 40),
+    "lock-architecture": ('"architecture": "amd64"', '"architecture": "arm64"'),
+    "lock-path-leaves": ('"path": "pool/', '"path": "../pool/'),
+}
+
+
 def layout_of(kind: str) -> str:
     """The layout that a kind of BROKEN is tried with."""
     if kind == "layout-name":
