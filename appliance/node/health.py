@@ -114,6 +114,7 @@ class Health:
     def as_json(self, boot_seconds: float | None = None) -> dict[str, object]:
         return {
             "healthy": self.healthy,
+            "hopeless": self.hopeless,
             "boot_seconds": boot_seconds,
             "recipes": {
                 name: {"healthy": all(outcome.ok for outcome in found), "probes": [o.as_json() for o in found]}
