@@ -1,0 +1,292 @@
+"""Debian packages become one tree, as a tar: mmdebstrap from nothing but the locked files.
+
+Two steps: the core (recipe base, with the kernel), and the rest installed on top of it, so that a package added to any
+other recipe costs the second step only. Root and ordinary users (in a user namespace) get the same bytes: all that an
+ordinary user cannot see is read from file descriptors that are opened outside of the namespace.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from appliance.errors import ApplianceError, CommandError, HostError
+from appliance.lock import CORE_RECIPE
+from appliance.model import Lock, Model, Package, User
+from appliance.run import run
+from appliance.store import Store, digest_of_files, remove
+from appliance.tools import Obtain
+
+SCRIPTS = Path(__file__).parent / "chroot"
+RAM = Path("/dev/shm")
+RAM_NEEDED = 3_000_000_000  # bytes: the tree, the packages, and room to breathe
+_PLACE = "samepage-build"  # in the chroot, while it is built
+
+BOOT_PATTERNS = ("./boot/vmlinuz-*", "./usr/lib/modules", "./usr/bin/busybox", "./usr/lib/klibc", "./usr/lib/klibc-*")
+
+
+@dataclass(frozen=True, slots=True)
+class Rootfs:
+    """The built tree: `tar` (uncompressed, sorted) is the base layer's content; `boot` a folder with what the boot chain
+    takes from the core, at its path in the tree: boot/vmlinuz-*, usr/lib/modules/<kernel>/, usr/bin/busybox, usr/lib/klibc*.
+    """
+
+    tar: Path
+    boot: Path
+    key: str  # changes whenever the tree may
+
+    @property
+    def kernel(self) -> str:
+        """Version of the kernel, as its modules' folder is called."""
+        return next(folder.name for folder in sorted((self.boot / "usr/lib/modules").iterdir()))
+
+
+def build(lock: Lock, model: Model, store: Store, obtain: Obtain) -> Rootfs:
+    """Build, or find in the store, the tree of all packages of the model.
+
+    Raises CommandError when a package does not install, ApplianceError when the tree breaks a promise (a user nobody
+    declared, a program that raises privileges), HostError when the host can build neither as root nor in a user namespace.
+    """
+    wanted = core_inputs(lock, model)
+    core = store.step("core", wanted, lambda folder: _build_core(lock, model, obtain, folder))
+    tree = store.step("tree", tree_inputs(lock, model), lambda folder: _build_tree(lock, model, obtain, core, folder))
+    return Rootfs(tree / "tree.tar", core / "boot", tree.name)
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def core_inputs(lock: Lock, model: Model) -> dict[str, str]:
+    """Everything the core depends on."""
+    return {
+        "scripts": _scripts_digest(),
+        "host tools": _host_tools(),
+        "clock": str(lock.epoch),
+        "users": json.dumps(_users(model, core=True)),
+        "kernel modules": json.dumps(_modules(model)),
+        **{f"package {package.name}": f"{package.version} {package.sha256}" for package in lock.sets["core"]},
+    }
+
+
+def tree_inputs(lock: Lock, model: Model) -> dict[str, str]:
+    """Everything the whole tree depends on."""
+    return core_inputs(lock, model) | {
+        "users": json.dumps(_users(model, core=True) + _users(model, core=False)),
+        **{f"package {package.name}": f"{package.version} {package.sha256}" for package in lock.sets["full"]},
+    }
+
+
+def _scripts_digest() -> str:
+    files = {file.name: file for file in SCRIPTS.iterdir() if file.is_file()}
+    return digest_of_files({**files, "rootfs.py": Path(__file__)})
+
+
+def _host_tools() -> str:
+    """Versions of the host's programs that lay out the tree."""
+    form = "${Package} ${Version}\n"
+    found = run(["dpkg-query", "--show", f"--showformat={form}", "apt", "dpkg", "mmdebstrap", "tar"], check=False)
+    return ", ".join(sorted(found.stdout.decode().splitlines()))
+
+
+def _users(model: Model, *, core: bool) -> list[dict[str, object]]:
+    recipes = [recipe for recipe in model.recipes if (recipe.name == CORE_RECIPE) is core]
+    return [_user(user) for user in sorted((user for recipe in recipes for user in recipe.users), key=lambda user: user.uid)]
+
+
+def _user(user: User) -> dict[str, object]:
+    group_only = bool(getattr(user, "group_only", False))
+    return {"name": user.name, "uid": user.uid, "home": user.home, "groups": list(user.groups), "group_only": group_only}
+
+
+def _modules(model: Model) -> list[str]:
+    return sorted({name for recipe in model.recipes for name in recipe.modules})
+
+
+# --- the two steps ---------------------------------------------------------------------------------------------------
+
+
+def _build_core(lock: Lock, model: Model, obtain: Obtain, folder: Path) -> None:
+    packages = lock.sets["core"]
+    config = {"users": _users(model, core=True), "declared": None, "modules": _modules(model)}
+    tar = folder / "core.tar"
+    with _work_folder() as work:
+        _pack_repository(packages, obtain(packages), config, lock, work / "packages.tar")
+        _mmdebstrap(
+            lock, work, tar, None,
+            "--variant=essential",
+            f"--include={','.join(package.name for package in packages)}",
+            f"--setup-hook={_UNPACK}",
+            f"--essential-hook={_STAGE.format(stage='prepare')}",
+            f"--customize-hook={_STAGE.format(stage='core')}",
+            f'--customize-hook=rm -r "$1/{_PLACE}"',
+        )
+    boot = folder / "boot"
+    boot.mkdir()
+    run(["tar", "-xf", tar, "-C", boot, "--no-same-owner", "--no-same-permissions", "--wildcards", *_present(tar, BOOT_PATTERNS)])
+
+
+def _present(tar: Path, patterns: Sequence[str]) -> list[str]:
+    """tar refuses patterns that match nothing; klibc's library lies in another place on other releases."""
+    names = run(["tar", "-tf", tar]).stdout.decode().splitlines()
+    return [pattern for pattern in patterns if any(re.match(re.escape(pattern).replace(r"\*", ".*"), name) for name in names)]
+
+
+def _build_tree(lock: Lock, model: Model, obtain: Obtain, core: Path, folder: Path) -> None:
+    inside = {package.name for package in lock.sets["core"]}
+    packages = [package for package in lock.sets["full"] if package.name not in inside]
+    users = _users(model, core=True) + _users(model, core=False)
+    declared = sorted({str(user["name"]) for user in users}) if users else None
+    config = {"users": users, "declared": declared, "modules": _modules(model)}
+    with _work_folder() as work:
+        _pack_repository(packages, obtain(packages), config, lock, work / "packages.tar")
+        _mmdebstrap(
+            lock, work, folder / "tree.tar", core / "core.tar",
+            "--variant=custom", "--skip=update,cleanup/mmdebstrap",
+            f'--setup-hook=tar -x --numeric-owner -C "$1" <&9',
+            f"--setup-hook={_UNPACK}",
+            f"--customize-hook={_STAGE.format(stage='prepare')}",
+            *([f"--customize-hook={_INSTALL.format(names=' '.join(package.name for package in packages))}"] if packages else []),
+            f"--customize-hook={_STAGE.format(stage='finish')}",
+            f'--customize-hook=rm -r "$1/{_PLACE}"',
+        )
+
+
+# Hooks get the chroot as $1. Descriptor 8 is the packages' tar, 9 the core's: the namespace's user may not be able to
+# open what belongs to the builder's user.
+_UNPACK = (
+    f'mkdir "$1/{_PLACE}" && tar -x --no-same-owner -C "$1/{_PLACE}" <&8 && '
+    f'echo "deb [trusted=yes] file:$1/{_PLACE} ./" > "$1/etc/apt/sources.list"'
+)
+_STAGE = f'/usr/bin/python3 -I "$1/{_PLACE}/stage.py" {{stage}} "$1"'
+_INSTALL = (
+    'export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" && apt-get --quiet=2 update && '
+    "apt-get --quiet=2 --yes -o Dir::Bin::dpkg=env -o DPkg::Options::=--unset=TMPDIR -o DPkg::Options::=dpkg "
+    '-o DPkg::Chroot-Directory="$1" -o DPkg::Use-Pty=false install {names} >&2'
+)
+
+
+def _mmdebstrap(lock: Lock, work: Path, out: Path, core: Path | None, *arguments: str) -> None:
+    mode = "root" if os.geteuid() == 0 else "unshare"
+    argv = [
+        "mmdebstrap", "--verbose", f"--mode={mode}", "--format=tar",
+        "--skip=check/empty,check/signed-by,cleanup/apt,output/dev", *arguments,
+        lock.suite, "-", f"deb [trusted=yes] file:/{_PLACE} ./",
+    ]
+    keep = ("PATH", "HOME", "USER", "LOGNAME")
+    env = {name: os.environ[name] for name in keep if name in os.environ} | {
+        "SOURCE_DATE_EPOCH": str(lock.epoch), "TMPDIR": str(work), "LC_ALL": "C.UTF-8", "TZ": "UTC",
+        "SAMEPAGE_PACKAGES": str(work / "packages.tar"), "SAMEPAGE_CORE": str(core or os.devnull), "SAMEPAGE_OUT": str(out),
+    }
+    script = 'umask 022; exec "$@" 8<"$SAMEPAGE_PACKAGES" 9<"$SAMEPAGE_CORE" >"$SAMEPAGE_OUT"'
+    done = run(["sh", "-c", script, "sh", *argv], env=env, cwd=work, check=False)
+    if done.returncode != 0:
+        _explain(done.stderr.decode(errors="replace"), done.returncode, lock.suite)
+
+
+def _explain(output: str, returncode: int, suite: str) -> None:
+    """Raise for a failed mmdebstrap: faults that the tree's own checks named, what the host lacks, or the log's tail."""
+    faults = re.findall(r"^fault: (.*)$", output, re.MULTILINE)
+    if faults:
+        raise ApplianceError(
+            "the packages break a promise of the base layer:\n  " + "\n  ".join(faults),
+            hint="declare the user or group with a fixed number in the recipe that brings the package; see docs/adding-a-recipe.md",
+        )
+    if re.search(r"newuidmap|subuid|unshare|user namespace", output) and "installing" not in output:
+        raise HostError(
+            "this host lets its users make no user namespace:\n" + _tail(output),
+            hint="run ./build.py doctor for the command that allows it, or build as root",
+        )
+    if "No space left on device" in output:
+        raise HostError("the disk is full:\n" + _tail(output), hint="free some space with ./build.py clean, or set TMPDIR to a roomier folder")
+    raise CommandError(f"mmdebstrap of {suite} ended with status {returncode}\n{_tail(output)}", hint="the package named above does not install; the lock may be at fault: ./build.py lock --update")
+
+
+def _tail(output: str) -> str:
+    return "\n".join("  | " + line for line in output.strip().splitlines()[-25:])
+
+
+def _pack_repository(packages: Sequence[Package], files: Mapping[str, Path], config: Mapping[str, object], lock: Lock, out: Path) -> None:
+    """A tar with the packages as a local apt repository, the stage scripts and their configuration."""
+
+    def stanza(package: Package) -> str:
+        control = run(["dpkg-deb", "--field", files[package.sha256]]).stdout.decode().rstrip()
+        return f"{control}\nFilename: ./{_file_name(package)}\nSize: {package.size}\nSHA256: {package.sha256}\n"
+
+    with ThreadPoolExecutor() as pool:
+        index = "\n".join(pool.map(stanza, packages))
+    texts = {"Packages": index, "Release": f"Suite: {lock.suite}\nCodename: {lock.suite}\n", "config.json": json.dumps({**config, "epoch": lock.epoch})}
+    with tarfile.open(out, "w", format=tarfile.GNU_FORMAT) as tar:
+        for package in packages:
+            tar.add(files[package.sha256], _file_name(package), filter=_readable)
+        for file in sorted(SCRIPTS.iterdir()):
+            if file.is_file():
+                tar.add(file, file.name, filter=_readable)
+        folder = out.parent / "texts"
+        folder.mkdir(exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+            tar.add(folder / name, name, filter=_readable)
+
+
+def _file_name(package: Package) -> str:
+    return package.path.rpartition("/")[2]
+
+
+def _readable(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    member.mode = 0o644
+    return member
+
+
+# --- where the tree stands while it is built -------------------------------------------------------------------------
+
+
+@contextmanager
+def _work_folder() -> Iterator[Path]:
+    """A folder in memory where that is plentiful (half the time of a disk), else in TMPDIR; gone at the end.
+
+    What killed builds left is removed first: nobody holds the lock in it any more.
+    """
+    base = _work_base()
+    for leftover in base.glob(f"samepage-build-{os.geteuid()}-*"):
+        with suppress(OSError), (leftover / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_tree(leftover)
+    folder = Path(tempfile.mkdtemp(prefix=f"samepage-build-{os.geteuid()}-", dir=base))
+    folder.chmod(0o755)  # the namespace's root must get through
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            _remove_tree(folder)
+
+
+def _work_base() -> Path:
+    chosen = os.environ.get("TMPDIR")
+    if chosen is None and os.access(RAM, os.W_OK) and min(shutil.disk_usage(RAM).free, _available_memory()) > RAM_NEEDED:
+        return RAM
+    return Path(chosen or "/tmp")
+
+
+def _available_memory() -> int:
+    found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a work folder; what the namespace's users own needs the namespace."""
+    try:
+        remove(folder)
+    except PermissionError:
+        run(["mmdebstrap", "--unshare-helper", "rm", "-rf", "--one-file-system", *sorted(folder.glob("mmdebstrap.*"))], check=False)
+        remove(folder)
