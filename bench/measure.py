@@ -1,0 +1,116 @@
+"""Wall time, CPU time and sizes of programs and of what they write."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+
+
+class BenchError(Exception):
+    """A benchmark could not be carried out; the message says which program or file was the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one run took: `wall` and `cpu` (user and system of the whole process tree) in seconds."""
+
+    wall: float
+    cpu: float
+
+
+def measure(
+    argv: Sequence[str | Path],
+    *,
+    log: Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 900,
+) -> Cost:
+    """Run a program to its end and account for it and every descendant that was waited for.
+
+    Its output goes to `log`; `env` is added to the environment; `timeout` is in seconds. Raises BenchError when the
+    program is missing, fails, or overruns its time (its whole process group is then killed).
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    words = [str(word) for word in argv]
+    with log.open("wb") as output:
+        started = time.monotonic()
+        try:
+            process = subprocess.Popen(
+                words, cwd=cwd, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            )
+        except FileNotFoundError as error:
+            raise BenchError(f"the program {words[0]!r} is missing") from error
+        try:
+            status, usage = _wait(process, started + timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        wall = time.monotonic() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        tail = "\n".join("  | " + line for line in log.read_text(errors="replace").splitlines()[-15:])
+        raise BenchError(f"status {process.returncode} of: {' '.join(words)}\n{tail}")
+    return Cost(wall, usage.ru_utime + usage.ru_stime)
+
+
+def _wait(process: subprocess.Popen[bytes], deadline: float) -> tuple[int, resource.struct_rusage]:
+    """os.wait4 with a deadline, precise to 5 ms."""
+    while True:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            return status, usage
+        if time.monotonic() > deadline:
+            raise BenchError(f"not finished in its time: {process.args!r}")
+        time.sleep(0.005)
+
+
+def timed(work: Callable[[], object]) -> Cost:
+    """The cost of a call in this process and of the children it waited for."""
+    before, started = os.times(), time.monotonic()
+    work()
+    after = os.times()
+    cpu = sum(after[:4]) - sum(before[:4])
+    return Cost(time.monotonic() - started, cpu)
+
+
+def disk_size(path: Path) -> int:
+    """Bytes allocated on disk by a file or a tree; hard links count once, links are not followed."""
+    seen: set[tuple[int, int]] = set()
+    total = 0
+    for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        info = entry.lstat()
+        if (info.st_dev, info.st_ino) not in seen:
+            seen.add((info.st_dev, info.st_ino))
+            total += info.st_blocks * 512
+    return total
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a file or a tree; a missing one is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch(parent: Path, name: str) -> Iterator[Path]:
+    """An empty folder below `parent`, removed at the end whatever happens."""
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(mkdtemp(prefix=f"{name}-", dir=parent))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        remove_tree(folder)
