@@ -2,11 +2,12 @@
 
     stage.py prepare ROOT    before packages are installed: dpkg's rules, fixed users, what keeps packages from making secrets
     stage.py core ROOT       after the core: kernel modules made plain
+    stage.py builds ROOT     after all packages: the recipes' own steps
     stage.py finish ROOT     at the end: everything that must not be in an immutable, reproducible layer leaves or moves
 
 Standard library only, and no imports from the builder: the namespace's user may not be able to read the project's folder.
-Reads config.json beside itself: {"users": [{name, uid, home, groups, group_only}], "declared": [names] or null,
-"modules": [patterns], "epoch": seconds}. A failure it can name ends with status 3 and one line per fault on stderr.
+Reads config.json beside itself: {"users": [{name, uid, home, groups, group_only}], "modules": [names], "exclude": [globs],
+"builds": [paths beside this file]}. What it can name ends with status 3 and one line per fault on stderr.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-SYSTEM_IDS = range(100, 1000)
+SYSTEM_IDS = range(101, 1000)
 
 # Made by maintainer scripts unless they exist already: a secret, or different in every build. Removed again at the end.
 DECOYS = (
@@ -54,7 +55,7 @@ def main() -> int:
     """Run the stage named on the command line."""
     stage, root = sys.argv[1], Path(sys.argv[2])
     config = json.loads(Path(__file__).with_name("config.json").read_text())
-    faults = {"prepare": prepare, "core": core, "finish": finish}[stage](root, config)
+    faults = {"prepare": prepare, "core": core, "builds": builds, "finish": finish}[stage](root, config)
     for fault in faults:
         print(f"fault: {fault}", file=sys.stderr)
     return 3 if faults else 0
@@ -67,6 +68,7 @@ def prepare(root: Path, config: dict) -> list[str]:
     """Set the rules for dpkg and the maintainer scripts."""
     rules = Path(__file__).with_name("dpkg.cfg").read_text()
     rules += "".join(f"path-include=/usr/lib/modules/*/{pattern}\n" for name in config["modules"] for pattern in _module_patterns(name))
+    rules += "".join(f"path-exclude={glob}\npath-exclude={glob}/*\n" for glob in config["exclude"])
     write(root / "etc/dpkg/dpkg.cfg.d/90-samepage", rules)
     write(root / "etc/postgresql-common/createcluster.conf", "create_main_cluster = false\nstart_conf = manual\n")
     for name in DECOYS:
@@ -128,6 +130,17 @@ def core(root: Path, config: dict) -> list[str]:
     return []
 
 
+def builds(root: Path, config: dict) -> list[str]:
+    """Run the recipes' own build steps inside the chroot. One that fails is named."""
+    here = Path(__file__).parent
+    faults = []
+    for name in config["builds"]:
+        done = subprocess.run(["chroot", root, f"/{here.name}/{name}"], cwd="/")
+        if done.returncode != 0:
+            faults.append(f"the build step {name} ended with status {done.returncode}")
+    return faults
+
+
 def unpack_module(file: Path) -> None:
     """Replace x.ko.xz by x.ko, with its time."""
     status = file.stat()
@@ -144,13 +157,13 @@ def finish(root: Path, config: dict) -> list[str]:
     """Turn an installed tree into an immutable one."""
     add_users(root, config["users"])
     tidy_accounts(root)
-    for name in LEFTOVERS:
+    for name in (*LEFTOVERS, *(glob.lstrip("/") for glob in config["exclude"])):
         for path in root.glob(name):
             remove(path)
     documents(root)
     move_dpkg(root)
     links(root)
-    faults = undeclared(root, config["declared"]) + surprises(root)
+    faults = undeclared(root, config["users"]) + surprises(root)
     skeleton(root)
     return faults
 
@@ -210,15 +223,17 @@ def links(root: Path) -> None:
     write(root / "etc/machine-id", "")
 
 
-def undeclared(root: Path, declared: list[str] | None) -> list[str]:
-    """Users and groups with a number that Debian dealt out at random: data on a node must outlive the next build."""
-    if declared is None:
-        return []
+def undeclared(root: Path, users: list[dict]) -> list[str]:
+    """Users and groups whose number Debian dealt out, or differs from the recipe's: data on a node outlives the layer."""
+    declared = {user["name"]: user["uid"] for user in users}
     found = []
-    for table, kind, column in (("passwd", "user", 2), ("group", "group", 2)):
+    for table, kind in (("passwd", "user"), ("group", "group")):
         for name, row in read_table(root / "etc" / table).items():
-            if int(row[column]) in SYSTEM_IDS and name not in declared:
-                found.append(f"no recipe declares the {kind} {name}, which a package made as number {row[column]}")
+            number = int(row[2])
+            if name in declared and number != declared[name]:
+                found.append(f"the {kind} {name} has number {number} in Debian, not {declared[name]} as its recipe says")
+            elif name not in declared and number in SYSTEM_IDS:
+                found.append(f"no recipe declares the {kind} {name}, which a package made as number {number}")
     return found
 
 
