@@ -8,6 +8,7 @@ ordinary user cannot see is read from file descriptors that are opened outside o
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -19,10 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from appliance.errors import ApplianceError, CommandError, HostError
 from appliance.lock import CORE_RECIPE
-from appliance.model import Lock, Model, Package, User
+from appliance.model import Lock, Model, Package, Recipe, User
 from appliance.run import run
 from appliance.store import Store, digest_of_files, remove
 from appliance.tools import Obtain
@@ -74,6 +76,7 @@ def core_inputs(lock: Lock, model: Model) -> dict[str, str]:
         "clock": str(lock.epoch),
         "users": json.dumps(_users(model, core=True)),
         "kernel modules": json.dumps(_modules(model)),
+        "excluded files": json.dumps(_excluded(model, core=True)),
         **{f"package {package.name}": f"{package.version} {package.sha256}" for package in lock.sets["core"]},
     }
 
@@ -82,6 +85,8 @@ def tree_inputs(lock: Lock, model: Model) -> dict[str, str]:
     """Everything the whole tree depends on."""
     return core_inputs(lock, model) | {
         "users": json.dumps(_users(model, core=True) + _users(model, core=False)),
+        "excluded files": json.dumps(_excluded(model, core=False)),
+        "build steps": digest_of_files(_builds(model)),
         **{f"package {package.name}": f"{package.version} {package.sha256}" for package in lock.sets["full"]},
     }
 
@@ -104,12 +109,29 @@ def _users(model: Model, *, core: bool) -> list[dict[str, object]]:
 
 
 def _user(user: User) -> dict[str, object]:
-    group_only = bool(getattr(user, "group_only", False))
-    return {"name": user.name, "uid": user.uid, "home": user.home, "groups": list(user.groups), "group_only": group_only}
+    return {
+        "name": user.name, "uid": user.uid, "home": user.home, "groups": list(user.groups), "group_only": user.group_only,
+    }  # fmt: skip
 
 
 def _modules(model: Model) -> list[str]:
     return sorted({name for recipe in model.recipes for name in recipe.modules})
+
+
+def _excluded(model: Model, *, core: bool) -> list[str]:
+    recipes = [recipe for recipe in model.recipes if recipe.name == CORE_RECIPE or not core]
+    return sorted({glob for recipe in recipes for glob in recipe.exclude})
+
+
+def _build_files(recipe: Recipe) -> dict[str, Path]:
+    """A recipe's build step and what lies beside it, by the path it gets beside the stage scripts."""
+    script = recipe.folder / recipe.build
+    around = [script] if script.parent == recipe.folder else sorted(script.parent.rglob("*"))
+    return {f"recipes/{recipe.name}/{file.relative_to(recipe.folder)}": file for file in around if file.is_file()}
+
+
+def _builds(model: Model) -> dict[str, Path]:
+    return {name: file for recipe in model.recipes if recipe.build for name, file in _build_files(recipe).items()}
 
 
 # --- the two steps ---------------------------------------------------------------------------------------------------
@@ -117,7 +139,7 @@ def _modules(model: Model) -> list[str]:
 
 def _build_core(lock: Lock, model: Model, obtain: Obtain, folder: Path) -> None:
     packages = lock.sets["core"]
-    config = {"users": _users(model, core=True), "declared": None, "modules": _modules(model)}
+    config = {"users": _users(model, core=True), "modules": _modules(model), "exclude": _excluded(model, core=True), "builds": []}
     tar = folder / "core.tar"
     with _work_folder() as work:
         _pack_repository(packages, obtain(packages), config, lock, work / "packages.tar")
@@ -145,10 +167,12 @@ def _build_tree(lock: Lock, model: Model, obtain: Obtain, core: Path, folder: Pa
     inside = {package.name for package in lock.sets["core"]}
     packages = [package for package in lock.sets["full"] if package.name not in inside]
     users = _users(model, core=True) + _users(model, core=False)
-    declared = sorted({str(user["name"]) for user in users}) if users else None
-    config = {"users": users, "declared": declared, "modules": _modules(model)}
+    config = {
+        "users": users, "modules": _modules(model), "exclude": _excluded(model, core=False),
+        "builds": [f"recipes/{recipe.name}/{recipe.build}" for recipe in model.recipes if recipe.build],
+    }  # fmt: skip
     with _work_folder() as work:
-        _pack_repository(packages, obtain(packages), config, lock, work / "packages.tar")
+        _pack_repository(packages, obtain(packages), config, lock, work / "packages.tar", _builds(model))
         _mmdebstrap(
             lock, work, folder / "tree.tar", core / "core.tar",
             "--variant=custom", "--skip=update,cleanup/mmdebstrap",
@@ -156,6 +180,7 @@ def _build_tree(lock: Lock, model: Model, obtain: Obtain, core: Path, folder: Pa
             f"--setup-hook={_UNPACK}",
             f"--customize-hook={_STAGE.format(stage='prepare')}",
             *([f"--customize-hook={_INSTALL.format(names=' '.join(package.name for package in packages))}"] if packages else []),
+            f"--customize-hook={_STAGE.format(stage='builds')}",
             f"--customize-hook={_STAGE.format(stage='finish')}",
             f'--customize-hook=rm -r "$1/{_PLACE}"',
         )
@@ -215,8 +240,15 @@ def _tail(output: str) -> str:
     return "\n".join("  | " + line for line in output.strip().splitlines()[-25:])
 
 
-def _pack_repository(packages: Sequence[Package], files: Mapping[str, Path], config: Mapping[str, object], lock: Lock, out: Path) -> None:
-    """A tar with the packages as a local apt repository, the stage scripts and their configuration."""
+def _pack_repository(
+    packages: Sequence[Package],
+    files: Mapping[str, Path],
+    config: Mapping[str, object],
+    lock: Lock,
+    out: Path,
+    more: Mapping[str, Path] = MappingProxyType({}),
+) -> None:
+    """A tar with the packages as a local apt repository, the stage scripts, their configuration, and `more` files."""
 
     def stanza(package: Package) -> str:
         control = run(["dpkg-deb", "--field", files[package.sha256]]).stdout.decode().rstrip()
@@ -224,26 +256,27 @@ def _pack_repository(packages: Sequence[Package], files: Mapping[str, Path], con
 
     with ThreadPoolExecutor() as pool:
         index = "\n".join(pool.map(stanza, packages))
-    texts = {"Packages": index, "Release": f"Suite: {lock.suite}\nCodename: {lock.suite}\n", "config.json": json.dumps({**config, "epoch": lock.epoch})}
+    release = f"Suite: {lock.suite}\nCodename: {lock.suite}\n"
+    texts = {"Packages": index, "Release": release, "config.json": json.dumps(config)}
+    scripts = {file.name: file for file in SCRIPTS.iterdir() if file.is_file()}
     with tarfile.open(out, "w", format=tarfile.GNU_FORMAT) as tar:
         for package in packages:
-            tar.add(files[package.sha256], _file_name(package), filter=_readable)
-        for file in sorted(SCRIPTS.iterdir()):
-            if file.is_file():
-                tar.add(file, file.name, filter=_readable)
-        folder = out.parent / "texts"
-        folder.mkdir(exist_ok=True)
+            tar.add(files[package.sha256], _file_name(package), filter=_plain)
+        for name, file in sorted({**scripts, **more}.items()):
+            tar.add(file.resolve(), name, filter=_plain)
         for name, text in texts.items():
-            (folder / name).write_text(text)
-            tar.add(folder / name, name, filter=_readable)
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
 
 
 def _file_name(package: Package) -> str:
     return package.path.rpartition("/")[2]
 
 
-def _readable(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    member.mode = 0o644
+def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Readable for whoever the namespace's root is; what is executable stays so."""
+    member.mode = 0o755 if member.mode & 0o100 else 0o644
     return member
 
 
