@@ -73,7 +73,7 @@ class InputError(ApplianceError):
         self.faults = tuple(sorted(set(faults)))
         count = len(self.faults)
         total = f"{count} fault{'s' if count != 1 else ''}; nothing was built"
-        super().__init__("\n".join([*map(str, self.faults), total]))
+        super().__init__("\n".join([total, *map(str, self.faults)]))
 
 
 @dataclass(slots=True)

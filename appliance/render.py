@@ -148,31 +148,30 @@ def _content(source: Source, variables: Mapping[str, Any], faults: Faults) -> by
         if rendered is None:
             return None
         content = rendered.encode()
-    for line, message in _malformed(source.target, content):
-        written = 0 if source.template else line
-        wrong = content.decode("utf-8", "replace").splitlines()[line - 1].strip() if line else ""
-        if source.template and line:  # the line of the template, where it has the wrong line as it is
-            written = next((n for n, text in enumerate(text.splitlines(), 1) if text.strip() == wrong), 0)
-        faults.add(
-            source.place.file, written, "", f"gives {source.target}, {message}" + (f": {wrong}" if wrong else "")
-        )
+    lines = content.decode("utf-8", "replace").split("\n")
+    for number, message in _malformed(source.target, content, lines):
+        wrong = lines[number - 1].strip() if number else ""
+        if source.template and number:  # the template's line, where it holds the wrong one as it is
+            number = next((n for n, line in enumerate(text.split("\n"), 1) if line.strip() == wrong), 0)
+        detail = f": {wrong}" if wrong else ""
+        faults.add(source.place.file, number, "", f"gives {source.target}, {message}{detail}")
         return None
     return content
 
 
-def _malformed(target: str, content: bytes) -> Iterator[tuple[int, str]]:
+def _malformed(target: str, content: bytes, lines: list[str]) -> Iterator[tuple[int, str]]:
     """Why the content does not fit the kind of file that the target's name promises, with the line (0: as a whole)."""
     if target.endswith(".json"):
         try:
             json.loads(content)
         except json.JSONDecodeError as error:
             yield error.lineno, f"which is not JSON ({error.msg})"
-        except ValueError:
-            yield 0, "which is not JSON (not UTF-8 text)"
+        except (ValueError, RecursionError):
+            yield 0, "which is not JSON"
     if _UNIT_FILE.fullmatch(target):
         sections = []
         continued = False
-        for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+        for number, line in enumerate(lines, 1):
             text = line.strip()
             if text.startswith(("#", ";")):
                 continue

@@ -46,7 +46,10 @@ def _all_sources(
     project: Path, folder: Path, include: Mapping[str, tuple[Path, Place]], faults: Faults
 ) -> Iterator[Source]:
     for name in ("templates", "files"):
-        if (folder / name).is_dir():
+        if (folder / name).is_symlink():
+            file = (folder / name).relative_to(project).as_posix()
+            faults.add(file, 0, "", "is a symbolic link; a recipe's folders stand in the recipe")
+        elif (folder / name).is_dir():
             yield from _walk(project, folder / name, "/", name == "templates", "", faults)
     for target, (path, place) in include.items():
         if not path.is_dir():

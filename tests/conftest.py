@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 from trees import VALID, write_tree
 
 GOLDEN = Path(__file__).parent / "golden"
 Golden = Callable[[str, str], None]
+
+hypothesis.settings.register_profile("slow-machines", deadline=None)
+hypothesis.settings.load_profile("slow-machines")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
