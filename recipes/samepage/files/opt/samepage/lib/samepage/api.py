@@ -13,11 +13,12 @@ import psycopg
 from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
 
 from . import rpc, usage
+from .clock import timestamp, utc_now
 from .config import Settings
 from .database import Connection
 from .params import Parameter, bind, parameters_of
 from .passwords import make_token
-from .records import CallRecord, Spool, timestamp, utc_now
+from .records import CallRecord, Spool
 from .rpc import RpcError
 from .sessions import Brake, Session, Sessions
 from .valkey import Unreachable

@@ -7,7 +7,7 @@ import logging
 import select
 import time
 from collections.abc import Iterable
-from typing import Any, LiteralString, cast
+from typing import Any
 
 from psycopg import AsyncConnection, AsyncCursor, OperationalError
 from psycopg.abc import Params, PQGen, Query
@@ -115,7 +115,7 @@ async def connect_patiently(settings: Settings, seconds: float) -> Connection:
     pause = 0.1
     while True:
         try:
-            return cast(Connection, await Connection.connect(**conninfo(settings, "samepage-migrations")))
+            return await Connection.connect(**conninfo(settings, "samepage-migrations"))
         except OperationalError as error:
             if time.monotonic() > deadline:
                 raise
@@ -140,7 +140,7 @@ async def migrate(connection: Connection, migrations: tuple[Migration, ...], rel
         applied = {row["level"]: row["checksum"] for row in await cursor.fetchall()}
         for migration in plan(migrations, applied):
             async with connection.transaction():
-                await connection.execute(cast(LiteralString, migration.sql))
+                await connection.execute(migration.sql.encode())
                 await connection.execute(
                     "INSERT INTO schema_migrations (level, name, checksum, release) VALUES (%s, %s, %s, %s)",
                     (migration.level, migration.name, migration.checksum, release),

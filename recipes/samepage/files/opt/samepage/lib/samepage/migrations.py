@@ -1,4 +1,4 @@
-"""Which migrations a database needs. They are numbered SQL files, `0003_jobs.sql`, and the newest is the schema level."""
+"""Which migrations a database needs: numbered SQL files like `0003_jobs.sql`. The newest is the schema level."""
 
 from __future__ import annotations
 

@@ -139,6 +139,6 @@ def bind(parameters: tuple[Parameter, ...], given: Mapping[str, Any] | Sequence[
         except Invalid as why:
             faults[name] = str(why)
     if faults:
-        first, why = next(iter(faults.items()))
-        raise RpcError(INVALID_PARAMS, f"{first} {why}", {"faults": faults})
+        first = next(iter(faults))
+        raise RpcError(INVALID_PARAMS, f"{first} {faults[first]}", {"faults": faults})
     return bound

@@ -10,8 +10,10 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
+
+from .clock import utc_now
 
 FORMAT = 1
 CURRENT = "calls.jsonl"
@@ -39,15 +41,6 @@ class CallRecord:
         return json.dumps({"v": FORMAT, **asdict(self)}, separators=(",", ":"), ensure_ascii=True).encode() + b"\n"
 
 
-def utc_now() -> datetime:
-    return datetime.now(timezone.utc)
-
-
-def timestamp(moment: datetime) -> str:
-    """RFC 3339 in UTC with milliseconds."""
-    return moment.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
 class Spool:
     """JSON lines in `folder`: the current file, and finished ones named after the moment of their rotation.
 
@@ -56,9 +49,7 @@ class Spool:
     writers do not mix. A record that cannot be written is counted in `lost`: no call fails for its record.
     """
 
-    def __init__(
-        self, folder: Path, *, file_bytes: int, files: int, clock: Callable[[], datetime] = utc_now
-    ) -> None:
+    def __init__(self, folder: Path, *, file_bytes: int, files: int, clock: Callable[[], datetime] = utc_now) -> None:
         self.lost = 0
         self._folder = folder
         self._file_bytes = file_bytes
@@ -99,7 +90,7 @@ class Spool:
 
     def _rotate(self) -> None:
         self.close()
-        moment = self._clock().astimezone(timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
+        moment = self._clock().astimezone(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
         (self._folder / CURRENT).rename(self._folder / f"calls-{moment}.jsonl")
         finished = sorted(self._folder.glob("calls-*.jsonl"))
         for old in finished[: max(0, len(finished) - self._files)]:

@@ -9,8 +9,10 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any, NoReturn
+
+from .clock import timestamp
 
 PARSE_ERROR = -32700
 INVALID_REQUEST = -32600
@@ -156,5 +158,5 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _plain(value: object) -> str:
     if isinstance(value, datetime):
-        return value.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return timestamp(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")

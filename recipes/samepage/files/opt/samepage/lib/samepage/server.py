@@ -79,7 +79,7 @@ async def serve(settings: Settings) -> None:
         application = Application(Api(services), Limits(), SHARE / "web")
         server = Announced(
             Config(
-                application,  # type: ignore[arg-type]  # uvicorn's own types spell out every kind of message
+                application,
                 http="h11",
                 ws="none",
                 loop="asyncio",

@@ -31,7 +31,7 @@ _ITEM = f"SELECT {_COLUMNS} FROM items i {_PEOPLE} WHERE i.id = %s"
 _LIST = f"""
 WITH wanted AS (SELECT {{query}} AS query),
 found AS (
-    SELECT i.id, i.updated_at, ts_rank_cd(i.search, w.query) AS rank, count(*) OVER () AS total
+    SELECT i.id, i.updated_at, ts_rank(i.search, w.query) AS rank, count(*) OVER () AS total
     FROM items i, wanted w WHERE %(text)s = '' OR i.search @@ w.query
     ORDER BY rank DESC, i.updated_at DESC, i.id DESC LIMIT %(limit)s OFFSET %(offset)s
 )

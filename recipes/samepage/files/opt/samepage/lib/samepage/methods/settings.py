@@ -1,5 +1,6 @@
 """GlobalSettings.*: what holds for the whole site and the browser in use."""
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from ..api import Access, Call, method
@@ -18,4 +19,5 @@ async def detect_timezone(call: Call, zone: Zone = "", january: Offset = 0, july
     if member is not None and member.timezone != found and not member.must_change_password:
         async with call.services.pool.connection() as connection:
             await connection.execute("UPDATE members SET timezone = %s WHERE id = %s", (found, member.id))
+        call.exchange.member = replace(member, timezone=found)
     return {"timezone": found}
