@@ -54,6 +54,7 @@ SETS: dict[str, tuple[HostPackage, ...]] = {
         HostPackage("chromium-driver", ("chromedriver",), "drives the browser"),
         HostPackage("docker.io", ("dockerd",), "runs the appliance as a system container"),
         HostPackage("iptables", ("iptables",), "the container engine's network"),
+        HostPackage("openssl", ("openssl",), "makes a certificate for a server that a test asks"),
         HostPackage("mtools", ("mcopy",), "reads the EFI partition that was written"),
     ),
 }

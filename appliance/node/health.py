@@ -6,6 +6,7 @@ are kept few and late: on an emulated CPU each costs a noticeable part of a seco
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ HEALTH_FOLDER = "/etc/samepage/health.d"
 HEALTH_FILE = "/run/samepage/health.json"
 SELF_UNIT = "samepage-health.service"
 JOURNAL_LINES = 30
+STATES_EVERY = 3.0  # seconds between questions to systemd while connections are still refused
 USAGE = """usage: samepage-health [--json] [--wait SECONDS] [--boot] [RECIPE...]
 
 Runs the node's health probes, or those of the recipes named.
@@ -142,17 +144,49 @@ def examine(recipes: Mapping[str, Sequence[Probe]], *, system: bool = True) -> H
     return Health(found, probe_system(states, problem) if system else [], bad)
 
 
-def wait_healthy(recipes: Mapping[str, Sequence[Probe]], seconds: float, *, system: bool = True) -> Health:
-    """Rounds until the node is healthy, a unit has failed, or `seconds` have passed."""
-    deadline = time.monotonic() + seconds
-    pause = 0.25
+def settle(probes: Sequence[Probe], deadline: float) -> bool:
+    """Wait until every probe has succeeded once, a unit has failed or the time is over; true for the first of these.
+
+    What has succeeded is not asked again, and systemd only now and then: a starting node has better things to do.
+    """
+    units = [probe for probe in probes if probe.kind == "unit"]
+    others = [probe for probe in probes if probe.kind != "unit"]
+    pause, ask_at = 0.25, 0.0
     while True:
-        health = examine(recipes, system=system)
+        outcomes = zip(others, run_probes(others, {}), strict=True)
+        others = [probe for probe, outcome in outcomes if not outcome.ok]
+        if not others or time.monotonic() >= ask_at:
+            states: Mapping[str, tuple[str, str]] = {}
+            with contextlib.suppress(OSError):  # asked again, and told by the examination that follows
+                states = unit_states()
+            if failed_units(states):
+                return False
+            units = [probe for probe, outcome in zip(units, run_probes(units, states), strict=True) if not outcome.ok]
+            ask_at = time.monotonic() + STATES_EVERY
+        if not others and not units:
+            return True
         left = deadline - time.monotonic()
-        if health.healthy or health.hopeless or left <= 0:
-            return health
+        if left <= 0:
+            return False
         time.sleep(min(pause, left))
-        pause = min(pause * 1.5, 2.0)
+        pause = min(pause * 1.2, 1.0)
+
+
+def wait_healthy(
+    recipes: Mapping[str, Sequence[Probe]], seconds: float, *, system: bool = True
+) -> tuple[Health, float | None]:
+    """Examine the node, until it is healthy, a unit has failed or `seconds` have passed.
+
+    Also returns how long after the boot's begin every probe had succeeded, where that was waited for.
+    """
+    deadline = time.monotonic() + seconds
+    probes = [probe for group in recipes.values() for probe in group]
+    while True:
+        settled = seconds_since_boot() if seconds and settle(probes, deadline) else None
+        health = examine(recipes, system=system)
+        if health.healthy or health.hopeless or time.monotonic() >= deadline:
+            return health, settled
+        time.sleep(0.25)
 
 
 def journal_of(units: Iterable[str], limit: int = 5) -> dict[str, list[str]]:
@@ -262,8 +296,8 @@ def main(words: Sequence[str] | None = None, *, folder: str = HEALTH_FOLDER, fil
     except (UsageError, OSError) as error:
         print(f"samepage-health: {error}", file=sys.stderr)
         return 64
-    health = wait_healthy(recipes, arguments.wait, system=not arguments.recipes)
-    boot_seconds = round(seconds_since_boot(), 2) if arguments.boot and health.healthy else None
+    health, settled = wait_healthy(recipes, arguments.wait, system=not arguments.recipes)
+    boot_seconds = round(settled, 2) if settled and arguments.boot and health.healthy else None
     journal = {} if health.healthy else journal_of(health.bad_units)
     result = {**health.as_json(boot_seconds), "journal": journal}
     if arguments.boot:

@@ -27,7 +27,7 @@ h2 small{font-weight:400;color:var(--soft);margin-left:.5rem}
 .counts b{display:block;font-size:1.5rem;line-height:1.2;font-variant-numeric:tabular-nums}
 .share{display:flex;height:.5rem;border-radius:.25rem;overflow:hidden;margin:1.1rem 0 0;background:var(--line)}
 .share i{display:block}
-.passed{color:var(--good)}.failed,.error{color:var(--bad)}.skipped{color:var(--wait)}
+.facts b.passed,.passed{color:var(--good)}.facts b.failed,.failed,.error{color:var(--bad)}.skipped{color:var(--wait)}
 i.passed{background:var(--good)}i.failed,i.error{background:var(--bad)}i.skipped{background:var(--wait)}
 table{width:100%;border-collapse:collapse;table-layout:fixed}
 th,td{text-align:left;padding:.4rem .6rem;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
