@@ -33,7 +33,7 @@ def mmdebstrap(
     """
     mode = "root" if os.geteuid() == 0 else "unshare"
     return measure(
-        ["mmdebstrap", f"--mode={mode}", "--variant=apt", f"--include={','.join(packages)}", *options,
+        ["mmdebstrap", f"--mode={mode}", "--variant=essential", f"--include={','.join(packages)}", *options,
          SUITE, out, *source_lines(mirrors)],
         log=log, timeout=timeout,
     )

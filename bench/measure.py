@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -31,23 +31,24 @@ def measure(
     argv: Sequence[str | Path],
     *,
     log: Path,
-    cwd: Path | None = None,
+    output: Path | None = None,
     env: Mapping[str, str] | None = None,
     timeout: float = 900,
 ) -> Cost:
     """Run a program to its end and account for it and every descendant that was waited for.
 
-    Its output goes to `log`; `env` is added to the environment; `timeout` is in seconds. Raises BenchError when the
-    program is missing, fails, or overruns its time (its whole process group is then killed).
+    What it prints goes to `log`, its standard output to `output` where that is given; `env` is added to the
+    environment; `timeout` is in seconds. Raises BenchError when the program is missing, fails, or overruns its time
+    (its whole process group is then killed).
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     words = [str(word) for word in argv]
-    with log.open("wb") as output:
+    with log.open("wb") as messages, output.open("wb") if output else nullcontext(messages) as results:
         started = time.monotonic()
         try:
             process = subprocess.Popen(
-                words, cwd=cwd, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                words, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL,
+                stdout=results, stderr=messages, start_new_session=True,
             )
         except FileNotFoundError as error:
             raise BenchError(f"the program {words[0]!r} is missing") from error
@@ -73,15 +74,6 @@ def _wait(process: subprocess.Popen[bytes], deadline: float) -> tuple[int, resou
         if time.monotonic() > deadline:
             raise BenchError(f"not finished in its time: {process.args!r}")
         time.sleep(0.005)
-
-
-def timed(work: Callable[[], object]) -> Cost:
-    """The cost of a call in this process and of the children it waited for."""
-    before, started = os.times(), time.monotonic()
-    work()
-    after = os.times()
-    cpu = sum(after[:4]) - sum(before[:4])
-    return Cost(time.monotonic() - started, cpu)
 
 
 def disk_size(path: Path) -> int:

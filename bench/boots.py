@@ -1,0 +1,115 @@
+"""From power on until every probe is good, and the memory in use then: the appliance beside an untuned Debian VM."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from appliance.node.health import HEALTH_FILE
+from appliance.targets.base import Instance, Request
+from appliance.targets.qemu import Qemu
+from bench.measure import BenchError, scratch
+from bench.report import Figure, of_runs, paired_ratio
+from bench.vm import MEMORY, Boot, boot_peer, peer_vm
+from bench.workshop import Workshop
+
+SETTLE = 30.0  # s from healthy until the memory is read, as in guest/ready.py
+HEALTHY = re.compile(r"healthy, \d+ s after the start")
+
+
+def boot(shop: Workshop) -> None:
+    """Installed appliance and untuned VM in turns; then the first boot of the live ISO, which has more to do."""
+    peer = peer_vm(shop.packages, shop.cache, shop.mirrors)
+    ours: list[Boot] = []
+    theirs: list[Boot] = []
+    with scratch(shop.cache, "boot") as folder:
+        disk = installed_disk(shop.iso, folder)
+        for number in range(shop.rounds):
+            theirs.append(boot_peer(peer, folder / f"peer-{number}"))
+            ours.append(boot_appliance(Request("bench", disk, "disk", MEMORY), folder / f"ours-{number}"))
+        live = boot_appliance(Request("bench", shop.iso, "iso", MEMORY), folder / "live")
+    reference = [one.kernel_to_healthy for one in theirs]
+    shop.figures += [
+        of_runs("boot", "untuned VM, kernel to healthy", reference, "s"),
+        of_runs("boot", "untuned VM, QEMU to healthy", [one.qemu_to_healthy for one in theirs], "s", note="-kernel"),
+        of_runs("boot", "installed, kernel to healthy", [one.kernel_to_healthy for one in ours], "s"),
+        of_runs("boot", "installed, QEMU to healthy", [one.qemu_to_healthy for one in ours], "s", note="BIOS and GRUB"),
+        Figure("boot", "installed to untuned", paired_ratio([b.kernel_to_healthy for b in ours], reference), "x", 0.6),
+        Figure("boot", "live, first boot, kernel to healthy", live.kernel_to_healthy, "s"),
+        Figure("boot", "live, first boot, QEMU to healthy", live.qemu_to_healthy, "s", note="BIOS and GRUB"),
+        Figure("boot", "live, first boot, to untuned", live.kernel_to_healthy / min(reference), "x"),
+        of_runs("memory", "installed, idle", [one.memory / 1e6 for one in ours], "MB", 300.0),
+        of_runs("memory", "untuned VM, idle", [one.memory / 1e6 for one in theirs], "MB"),
+    ]
+
+
+def installed_disk(iso: Path, folder: Path) -> Path:
+    """A disk that the ISO installed itself on, after a first boot and a clean shutdown."""
+    target, home = Qemu(), folder / "install"
+    home.mkdir()
+    instance = target.up(Request("bench", iso, "install", MEMORY), home)
+    try:
+        await_healthy(target, instance, 600)
+        target.execute(instance, ["systemctl", "poweroff"])
+        until(lambda: target.state(instance) != "running", 120, "the installed node switched itself off")
+    finally:
+        target.down(instance)
+    disk = folder / "installed.qcow2"
+    shutil.move(home / "disk.qcow2", disk)
+    return disk
+
+
+def boot_appliance(request: Request, folder: Path) -> Boot:
+    """One boot of an image, whose file stays as it is.
+
+    The node is left alone until its console says that it is healthy, because each ssh connection costs an emulated
+    processor a second or two; the times come from the node's own record.
+    """
+    target = Qemu()
+    folder.mkdir()
+    started = time.monotonic()
+    instance = target.up(request, folder)
+    try:
+        await_healthy(target, instance, 400)
+        time.sleep(SETTLE)
+        script = f"cat /proc/meminfo; echo; cat /proc/uptime; echo; cat {HEALTH_FILE}"
+        meminfo, uptime, health = target.execute(instance, ["sh", "-c", script]).stdout.decode().split("\n\n", 2)
+        began = time.monotonic() - float(uptime.split()[0])
+    finally:
+        target.down(instance)
+    record = json.loads(health)
+    if not record["healthy"]:
+        raise BenchError(f"the node says that it is not healthy: {health}")
+    seconds = float(record["boot_seconds"])
+    return Boot(seconds, began + seconds - started, memory_in_use(meminfo), {})
+
+
+def await_healthy(target: Qemu, instance: Instance, timeout: float) -> None:
+    """Watch the console, which costs the node nothing."""
+
+    def healthy() -> bool:
+        if target.state(instance) != "running":
+            raise BenchError(f"the virtual machine ended:\n{target.console(instance)[-1000:]}")
+        return bool(HEALTHY.search(target.console(instance)))
+
+    until(healthy, timeout, "the console says that the node is healthy")
+
+
+def until(done: Callable[[], bool], timeout: float, what: str) -> None:
+    """Poll. Raises BenchError after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not done():
+        if time.monotonic() > deadline:
+            raise BenchError(f"not within {timeout:g} s: {what}")
+        time.sleep(0.2)
+
+
+def memory_in_use(meminfo: str) -> int:
+    """Bytes that are not available to new programs, from the text of /proc/meminfo."""
+    pairs = (line.partition(":")[::2] for line in meminfo.splitlines() if line)
+    kib = {name: int(rest.split()[0]) for name, rest in pairs}
+    return (kib["MemTotal"] - kib["MemAvailable"]) * 1024
