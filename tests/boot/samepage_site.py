@@ -39,6 +39,10 @@ class Failed(Exception):
         self.data: Any = error.get("data")
 
 
+class Unavailable(Failed):
+    """The API answered that it waits for a service."""
+
+
 @dataclass
 class Client:
     """One browser without a page: keeps its cookie."""
@@ -80,7 +84,7 @@ class Client:
         params = list(positional) if positional else named
         answer = self.post({"jsonrpc": "2.0", "id": 1, "method": method, "params": params})
         if "error" in answer:
-            raise Failed(answer["error"])
+            raise (Unavailable if answer["error"]["code"] == -32010 else Failed)(answer["error"])
         return answer["result"]
 
 

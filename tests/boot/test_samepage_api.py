@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import threading
@@ -9,7 +10,7 @@ import time
 from typing import Any
 
 import pytest
-from samepage_site import Client, Failed, Site, administrator, site, wait_for
+from samepage_site import Client, Failed, Site, Unavailable, administrator, site, wait_for
 
 pytestmark = pytest.mark.boot
 __all__ = ["administrator", "site"]
@@ -41,7 +42,8 @@ def test_bootstrap_tells_strangers_the_release_and_nothing_else(site: Site) -> N
 
 def test_batch_answers_calls_in_order_and_notifications_not_at_all(site: Site) -> None:
     call = {"jsonrpc": "2.0", "method": "Bootstrap.bootstrap"}
-    answers = site.client().post([{**call, "id": "a"}, call, 7, {**call, "id": 1.5}, {**call, "method": "No.such", "id": 3}])
+    missing = {**call, "method": "No.such", "id": 3}
+    answers = site.client().post([{**call, "id": "a"}, call, 7, {**call, "id": 1.5}, missing])
     assert [(answer["id"], answer.get("error", {}).get("code")) for answer in answers] == [
         ("a", None), (None, INVALID_REQUEST), (1.5, None), (3, METHOD_NOT_FOUND),
     ]  # fmt: skip
@@ -107,7 +109,8 @@ def test_pages_have_a_strict_policy_and_are_revalidated(site: Site) -> None:
 def test_the_first_login_is_shown_to_the_console_until_it_is_used(site: Site) -> None:
     shown = site.run("cat /run/samepage-app/first-login.json 2>/dev/null || true")
     if shown:
-        assert site.run("stat -c '%U %G %a' /run/samepage-app/first-login.json").split() == ["samepage", "console", "640"]
+        mode = site.run("stat -c '%U %G %a' /run/samepage-app/first-login.json")
+        assert mode.split() == ["samepage", "console", "640"]
         login = json.loads(shown)
         client = site.client()
         client.call("Session.login", login=login["user"], password=login["password"])
@@ -182,11 +185,11 @@ def test_an_item_from_creation_to_deletion(administrator: Client) -> None:
     title = f"Plan {word()}"
     item = administrator.call("Items.create", title=f"  {title} ", body="one\r\ntwo")
     assert (item["title"], item["body"], item["version"]) == (title, "one\ntwo", 1)
-    comment = administrator.call("Comments.add", item["id"], "Looks good – 好")
+    comment = administrator.call("Comments.add", item["id"], "Looks good: 好")
     changed = administrator.call("Items.update", id=item["id"], version=1, body="three")
     assert (changed["title"], changed["body"], changed["version"]) == (title, "three", 2)
     read = administrator.call("Items.get", id=item["id"])
-    assert [one["body"] for one in read["comments"]] == [comment["body"]] == ["Looks good – 好"]
+    assert [one["body"] for one in read["comments"]] == [comment["body"]] == ["Looks good: 好"]
     assert administrator.call("Items.delete", id=item["id"]) == {"deleted": item["id"]}
     fails(NOT_FOUND, administrator, "Items.get", id=item["id"])
     fails(NOT_FOUND, administrator, "Items.update", id=item["id"], version=2, title="x")
@@ -363,10 +366,8 @@ def test_calls_wait_for_a_restarted_service(site: Site, administrator: Client, u
     site.run(f"systemctl restart --no-block {unit}")
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        try:
+        with contextlib.suppress(Unavailable):
             administrator.call("Items.get", id=item["id"])
-        except Failed as failed:
-            assert failed.code == -32010, failed
         time.sleep(1)
     assert administrator.call("Items.get", id=item["id"])["title"] == item["title"]
     assert site.run("systemctl is-active samepage.service samepage-worker.service").split() == ["active", "active"]
@@ -419,7 +420,8 @@ def test_a_newer_database_is_refused_with_a_clear_message(site: Site, administra
         assert site.run("systemctl show -P ExecMainStatus samepage.service").strip() == "78"
         time.sleep(5)
         assert site.run("systemctl show -P ActiveState samepage.service").strip() == "failed", "it must not be retried"
-        assert "schema level 9999, this release knows levels up to" in site.run("journalctl -b -u samepage.service -n 20")
+        journal = site.run("journalctl -b -u samepage.service -n 20")
+        assert "schema level 9999, this release knows levels up to" in journal
     finally:
         site.run(f'{psql} "DELETE FROM schema_migrations WHERE level = 9999"')
         site.run("systemctl reset-failed samepage.service; systemctl start samepage.service")
