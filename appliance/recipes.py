@@ -245,11 +245,13 @@ def _health(fields: Fields, units: tuple[Unit, ...]) -> Iterator[Probe]:
         target = "".join(targets)
         if kind == "unit" and target and "{" not in target and target not in [unit.name for unit in units]:
             probe.fault("unit", f"the recipe has no unit {target!r}", nearest(target, [unit.name for unit in units]))
-        if probe.has("expect") and len(kinds) == 1 and kind != "http":
-            probe.fault("expect", f"has a meaning for http only, not for {kind}")
-        expect = probe.text(
-            "expect", "200" if kind == "http" else "", pattern=r"[1-5][0-9][0-9]( [^\n]+)?|", what='"200" or "200 text"'
-        )
+        if probe.has("expect") and len(kinds) == 1 and kind not in ("http", "command"):
+            probe.fault("expect", f"has a meaning for http and command only, not for {kind}")
+        if kind == "http":
+            pattern = r"[1-5][0-9][0-9]( [^\n]+)?"
+            expect = probe.text("expect", "200", pattern=pattern, what='a status in quotes, as "200" or "200 text"')
+        else:
+            expect = probe.text("expect", "")
         yield Probe(name, kind, target, expect, probe.number("timeout", 0.1, 300, 5.0), probe.place)
 
 

@@ -228,6 +228,7 @@ BROKEN: dict[str, list[Change]] = {
     "recipe-probe-two-kinds": [edit(WEB, "{name: page,", "{name: page, unit: web.service,")],
     "recipe-probe-unit": [edit(STORE, "unit: store.service", "unit: stor.service")],
     "recipe-probe-expect": [edit(STORE, "unit: store.service", "unit: store.service, expect: '200'")],
+    "recipe-probe-status": [edit(WEB, 'expect: "200 ok"', "expect: 200")],
     "recipe-wheel-hash": [edit(WEB, "sha256: aaaa", "sha256: zzzz")],
     "recipe-setting-name": [edit(WEB, "  workers: 4", "  workers: 4\n  items: 3")],
     "recipe-owned-file": [edit(STORE, "/etc/store/store.conf:", "/etc/store/stor.conf:")],
