@@ -23,13 +23,18 @@ Mirrors = Mapping[str, str]
 """Base URI, without a slash at the end, of each archive ("debian", "debian-security")."""
 
 
-def find_mirrors(suite: str, *, mirror: str = "", security: str = "", environ: Mapping[str, str] = os.environ) -> Mirrors:
+def find_mirrors(
+    suite: str, *, mirror: str = "", security: str = "", environ: Mapping[str, str] = os.environ
+) -> Mirrors:
     """Where to get packages from, first found first: the arguments, SAMEPAGE_MIRROR and SAMEPAGE_SECURITY_MIRROR, the
     Debian entries of the host's apt configuration, mmdebstrap's own default for the suite.
 
     A mirror given for Debian alone leaves the security archive to the other sources. Raises HostError when none knows.
     """
-    found = {MAIN: mirror or environ.get("SAMEPAGE_MIRROR", ""), SECURITY: security or environ.get("SAMEPAGE_SECURITY_MIRROR", "")}
+    found = {
+        MAIN: mirror or environ.get("SAMEPAGE_MIRROR", ""),
+        SECURITY: security or environ.get("SAMEPAGE_SECURITY_MIRROR", ""),
+    }
     for source in (_host_mirrors, lambda: _default_mirrors(suite)):
         if all(found.values()):
             break
@@ -37,7 +42,10 @@ def find_mirrors(suite: str, *, mirror: str = "", security: str = "", environ: M
             found[archive] = found[archive] or uri
     missing = [archive for archive, uri in found.items() if not uri]
     if missing:
-        raise HostError(f"no mirror is known for {' and '.join(missing)}", hint="name one with --mirror or SAMEPAGE_MIRROR and SAMEPAGE_SECURITY_MIRROR")
+        raise HostError(
+            f"no mirror is known for {' and '.join(missing)}",
+            hint="name one with --mirror or SAMEPAGE_MIRROR and SAMEPAGE_SECURITY_MIRROR",
+        )
     return {archive: uri.rstrip("/") for archive, uri in found.items()}
 
 
@@ -52,7 +60,11 @@ def _host_mirrors() -> dict[str, str]:
     for line in lines:
         created_by, uri, release, origin = line.split("|")
         # ORIGIN is empty until the host has fetched its lists; then the address is all there is to go by
-        debian = origin == "Debian" if not origin.startswith("$") and origin else uri.rstrip("/").endswith(("/debian", "/debian-security"))
+        debian = (
+            origin == "Debian"
+            if not origin.startswith("$") and origin
+            else uri.rstrip("/").endswith(("/debian", "/debian-security"))
+        )
         if created_by == "Packages" and debian:
             found.setdefault(SECURITY if "-security" in release else MAIN, uri)
     return found
@@ -61,8 +73,17 @@ def _host_mirrors() -> dict[str, str]:
 def _default_mirrors(suite: str) -> dict[str, str]:
     """What mmdebstrap would use: it writes its sources into the chroot, where a hook reads them and the run ends."""
     done = run(
-        ["mmdebstrap", "--quiet", "--variant=custom", "--format=null", "--skip=update,download,cleanup",
-         '--setup-hook=cat "$1"/etc/apt/sources.list >&2', suite, os.devnull], check=False,
+        [
+            "mmdebstrap",
+            "--quiet",
+            "--variant=custom",
+            "--format=null",
+            "--skip=update,download,cleanup",
+            '--setup-hook=cat "$1"/etc/apt/sources.list >&2',
+            suite,
+            os.devnull,
+        ],
+        check=False,
     )
     found: dict[str, str] = {}
     for line in done.stderr.decode().splitlines():
@@ -100,7 +121,9 @@ def private_apt(suite: str, mirrors: Mirrors, *, keyring: Path | None = KEYRING)
     `keyring` None trusts the mirrors without a signature: for the tests' own archives only.
     """
     if keyring is not None and not keyring.is_file():
-        raise HostError(f"Debian's archive keys are missing ({keyring})", hint="install the package debian-archive-keyring")
+        raise HostError(
+            f"Debian's archive keys are missing ({keyring})", hint="install the package debian-archive-keyring"
+        )
     with TemporaryDirectory(prefix="samepage-apt-") as name:
         folder = Path(name)
         (folder / "lists" / "partial").mkdir(parents=True)
@@ -118,8 +141,10 @@ def private_apt(suite: str, mirrors: Mirrors, *, keyring: Path | None = KEYRING)
 def update(apt: Apt) -> None:
     """Fetch the lists and check their signatures. Raises CommandError also where apt would only warn."""
     apt.call(
-        "apt-get", "update", "--error-on=any",
-        hint="the mirror may be out of reach, or name another one with --mirror; proxies come from the host's apt configuration",
+        "apt-get",
+        "update",
+        "--error-on=any",
+        hint="name another mirror with --mirror; proxies and credentials come from the host's apt configuration",
     )
     if not apt.release_files():
         raise CommandError("apt fetched no release file", hint="name another mirror with --mirror")

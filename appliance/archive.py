@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,12 +31,17 @@ class VanishedError(LockError):
         names = "\n  ".join(f"{package.name} {package.version}" for package in self.packages)
         super().__init__(
             f"the archive no longer has what the lock names:\n  {names}",
-            hint=f"name a snapshot service with {SNAPSHOT_VARIABLE} (docs/building.md), or take the new versions with ./build.py lock --update",
+            hint=f"name a snapshot service with {SNAPSHOT_VARIABLE}, or take today's with ./build.py lock --update",
         )
 
 
 def fetch(
-    packages: Iterable[Package], mirrors: Mirrors, cache: Path, progress: Progress | None = None, *, snapshot: Mirrors | None = None
+    packages: Iterable[Package],
+    mirrors: Mirrors,
+    cache: Path,
+    progress: Progress | None = None,
+    *,
+    snapshot: Mirrors | None = None,
 ) -> Mapping[str, Path]:
     """The packages' files by sha256, fetched where `cache` lacks them, each file's content checked.
 
@@ -45,7 +50,11 @@ def fetch(
     """
     cache.mkdir(parents=True, exist_ok=True)
     wanted = {package.sha256: package for package in packages}
-    found = {sha256: file for sha256, file in ((sha256, _place(cache, sha256)) for sha256 in wanted) if _is_good(file, sha256)}
+    found = {
+        sha256: file
+        for sha256, file in ((sha256, _place(cache, sha256)) for sha256 in wanted)
+        if _is_good(file, sha256)
+    }
     missing = [package for sha256, package in wanted.items() if sha256 not in found]
     for source in (mirrors, snapshot):
         if missing and source is not None:
@@ -76,62 +85,77 @@ def snapshot_mirrors(lock: Lock, environ: Mapping[str, str] = os.environ) -> Mir
         return {archive: pattern.format(archive=archive, timestamp=timestamp).rstrip("/") for archive in archives}
     except (KeyError, IndexError, ValueError) as error:
         raise ApplianceError(
-            f"{SNAPSHOT_VARIABLE}={pattern!r} is not a usable pattern", hint="write it like https://HOST/archive/{archive}/{timestamp}"
+            f"{SNAPSHOT_VARIABLE}={pattern!r} is not a usable pattern",
+            hint="write it like https://HOST/archive/{archive}/{timestamp}",
         ) from error
 
 
 def _download(packages: list[Package], mirrors: Mirrors, cache: Path, progress: Progress | None) -> dict[str, Path]:
-    """Fetch what a source has into the cache; what it lacks is not in the result."""
+    """Fetch what a source has into the cache; what it no longer has is not in the result."""
+    uris = {_uri(package, mirrors): package for package in packages}
     with TemporaryDirectory(dir=cache, prefix="fetch-") as name:
         folder = Path(name)
-        words: list[str] = []
-        for package in packages:
-            words += [_uri(package, mirrors), str(folder / package.sha256), f"SHA256:{package.sha256}"]
+        words = [word for uri, package in uris.items() for word in (uri, str(folder / package.sha256), _hash(package))]
         argv = [HELPER, "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3", "download-file", *words]
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(run, argv, check=False, env={**os.environ, "LC_ALL": "C.UTF-8"})
-            total = sum(package.size for package in packages)
             while not running.done():
                 if progress is not None:
-                    progress.update(sum(file.stat().st_size for file in _files(folder)), total, "bytes")
-                time.sleep(0.1)
+                    progress.update(_bytes_in(folder), sum(package.size for package in packages), "bytes")
+                wait([running], timeout=0.1)
             done = running.result()
+        # apt renames a file with another content
+        other = [package for package in packages if (folder / f"{package.sha256}.FAILED").exists()]
         found: dict[str, Path] = {}
         for package in packages:
             file = folder / package.sha256
-            if not file.is_file():
-                continue
-            if not _is_good(file, package.sha256):
-                raise _tampered([package])
-            place = _place(cache, package.sha256)
-            place.parent.mkdir(exist_ok=True)
-            file.chmod(0o644)
-            found[package.sha256] = file.replace(place)
-    if done.returncode != 0:
-        _judge(done.stdout.decode(errors="replace") + done.stderr.decode(errors="replace"), packages, found)
+            if _is_good(file, package.sha256):
+                place = _place(cache, package.sha256)
+                place.parent.mkdir(exist_ok=True)
+                file.chmod(0o644)
+                found[package.sha256] = file.replace(place)
+            elif file.exists():
+                other.append(package)
+    if other:
+        raise _tampered(other)
+    _check_reachable(uris, found, done.stderr.decode(errors="replace"))
     return found
 
 
-def _judge(output: str, packages: list[Package], found: Mapping[str, Path]) -> None:
-    """Tell the three failures apart by what apt says: other content, out of reach, or gone (which returns)."""
-    missing = [package for package in packages if package.sha256 not in found]
-    other = [package for package in missing if re.search(rf"(?s){re.escape(package.sha256)}[^\n]*\n\s*Hash Sum mismatch|{re.escape(_file_name(package))}\s+Hash Sum mismatch|{re.escape(_file_name(package))}[^\n]*unexpected size", output)]
-    if other:
-        raise _tampered(other)
-    gone = re.search(r"\b(404|410)\b|File not found|No such file", output)
-    if missing and not gone:
-        tail = "\n".join("  | " + line for line in output.strip().splitlines()[-8:])
+_GONE = re.compile(r"\b(404|410)\b|No such file or directory")
+
+
+def _check_reachable(uris: Mapping[str, Package], found: Mapping[str, Path], messages: str) -> None:
+    """Raise CommandError unless the source said of every missing package that it does not have it."""
+    missing = [uri for uri, package in uris.items() if package.sha256 not in found]
+    reasons = dict(re.findall(r"^E: Failed to fetch (\S+)\s+(.*)$", messages, re.MULTILINE))
+    failed = [uri for uri in missing if not _GONE.search(reasons.get(uri, ""))]
+    if failed:
+        lines = [f"{uri}: {reasons.get(uri, 'no answer')}" for uri in failed[:5]]
         raise CommandError(
-            f"cannot fetch {len(missing)} of {len(packages)} packages\n{tail}",
-            hint="the mirror may be out of reach, or name another one with --mirror; proxies come from the host's apt configuration",
+            f"cannot fetch {len(failed)} of {len(uris)} packages:\n  " + "\n  ".join(lines),
+            hint="name another mirror with --mirror; proxies and credentials come from the host's apt configuration",
         )
+
+
+def _hash(package: Package) -> str:
+    return f"SHA256:{package.sha256}"
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes fetched so far; files are renamed while we look."""
+    total = 0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total
 
 
 def _tampered(packages: list[Package]) -> ApplianceError:
     names = ", ".join(f"{package.name} {package.version}" for package in packages)
     return ApplianceError(
         f"the mirror's file differs from the lock: {names}",
-        hint="do not use it: name another mirror with --mirror; if the lock is at fault, resolve anew with ./build.py lock --update",
+        hint="name another mirror with --mirror; only if the lock is at fault, use ./build.py lock --update",
     )
 
 
@@ -141,16 +165,8 @@ def _uri(package: Package, mirrors: Mirrors) -> str:
     return f"{base}/{quote(package.path, safe='/~+')}"
 
 
-def _file_name(package: Package) -> str:
-    return quote(package.path.rpartition("/")[2], safe="~+")
-
-
 def _place(cache: Path, sha256: str) -> Path:
     return cache / sha256[:2] / f"{sha256}.deb"
-
-
-def _files(folder: Path) -> list[Path]:
-    return [file for file in folder.rglob("*") if file.is_file()]
 
 
 def _is_good(file: Path, sha256: str) -> bool:

@@ -35,14 +35,30 @@ Wheels = Callable[[Iterable[Wheel]], Mapping[str, Path]]
 def build_base(lock: Lock, rootfs: Rootfs, tools: Tools, store: Store, *, strong: bool = False) -> Layer:
     """The layer of all Debian packages. `strong` packs it as small as it gets, for a release."""
     inputs = _inputs(tools, lock, tree=rootfs.key)
-    return _layer("base", "", inputs, lambda out: _erofs(tools, lock, "base", rootfs.tar, out), lock, tools, store, strong)
+    return _layer(
+        "base", "", inputs, lambda out: _erofs(tools, lock, "base", rootfs.tar, out), lock, tools, store, strong
+    )
 
 
-def build_app(lock: Lock, tree: RenderedTree, wheels: tuple[Wheel, ...], fetch_wheels: Wheels, tools: Tools, store: Store, *, strong: bool = False) -> Layer:
+def build_app(
+    lock: Lock,
+    tree: RenderedTree,
+    wheels: tuple[Wheel, ...],
+    fetch_wheels: Wheels,
+    tools: Tools,
+    store: Store,
+    *,
+    strong: bool = False,
+) -> Layer:
     """The layer of the product's and the platform's own code, mounted at /opt/samepage; the same for all nodes that run
     the same recipes. Python files are compiled for the node's Python. Raises CommandError when one does not compile."""
-    node = {f"lib/appliance/node/{file.relative_to(NODE_PACKAGE)}": file.read_bytes() for file in sorted(NODE_PACKAGE.rglob("*.py"))}
-    inputs = _inputs(tools, lock, files=_digest_of_rendered(tree.app), wheels=json.dumps(sorted(wheel.sha256 for wheel in wheels)))
+    node = {
+        f"lib/appliance/node/{file.relative_to(NODE_PACKAGE)}": file.read_bytes()
+        for file in sorted(NODE_PACKAGE.rglob("*.py"))
+    }
+    inputs = _inputs(
+        tools, lock, files=_digest_of_rendered(tree.app), wheels=json.dumps(sorted(wheel.sha256 for wheel in wheels))
+    )
     inputs["node tools"] = hashlib.sha256(repr(sorted(node.items())).encode()).hexdigest()
 
     def build(out: Path) -> None:
@@ -78,7 +94,14 @@ def _inputs(tools: Tools, lock: Lock, **more: str) -> dict[str, str]:
 
 
 def _layer(
-    kind: LayerKind, node: str, inputs: dict[str, str], build: Callable[[Path], None], lock: Lock, tools: Tools, store: Store, strong: bool
+    kind: LayerKind,
+    node: str,
+    inputs: dict[str, str],
+    build: Callable[[Path], None],
+    lock: Lock,
+    tools: Tools,
+    store: Store,
+    strong: bool,
 ) -> Layer:
     def make_image(folder: Path) -> None:
         image = folder / "image"
@@ -93,22 +116,53 @@ def _layer(
         _squashfs(tools, lock, image, packed, level)
         packed.rename(folder / f"{image.stem}.{_sha256(packed)}.squashfs")
 
-    packed = next(store.step(f"{kind}-packed", {**inputs, "image": image.name, "level": str(level)}, make_packed).iterdir())
+    packed = next(
+        store.step(f"{kind}-packed", {**inputs, "image": image.name, "level": str(level)}, make_packed).iterdir()
+    )
     digest, packed_digest = image.stem.rpartition("-")[2], packed.name.split(".")[1]
     return Layer(kind, node, digest, image.stat().st_size, image, packed, packed_digest)
 
 
 def _erofs(tools: Tools, lock: Lock, kind: LayerKind, tar: Path, out: Path) -> None:
     tools.run(
-        "mkfs.erofs", "--quiet", "--tar=f", f"-T{lock.epoch}", "--mkfs-time", f"-U{uuid.uuid5(_UUIDS, kind)}",
-        f"-Lsamepage-{kind}", "-b4096", "-x-1", "--workers=1", out, tar,
+        "mkfs.erofs",
+        "--quiet",
+        "--tar=f",
+        f"-T{lock.epoch}",
+        "--mkfs-time",
+        f"-U{uuid.uuid5(_UUIDS, kind)}",
+        f"-Lsamepage-{kind}",
+        "-b4096",
+        "-x-1",
+        "--workers=1",
+        out,
+        tar,
     )
 
 
 def _squashfs(tools: Tools, lock: Lock, image: Path, out: Path, level: int) -> None:
     tools.run(
-        "mksquashfs", image, out, "-noappend", "-no-progress", "-quiet", "-no-xattrs", "-no-exports", "-all-root", "-b", "1M",
-        "-comp", "zstd", "-Xcompression-level", str(level), "-mkfs-time", str(lock.epoch), "-all-time", str(lock.epoch), "-root-mode", "755",
+        "mksquashfs",
+        image,
+        out,
+        "-noappend",
+        "-no-progress",
+        "-quiet",
+        "-no-xattrs",
+        "-no-exports",
+        "-all-root",
+        "-b",
+        "1M",
+        "-comp",
+        "zstd",
+        "-Xcompression-level",
+        str(level),
+        "-mkfs-time",
+        str(lock.epoch),
+        "-all-time",
+        str(lock.epoch),
+        "-root-mode",
+        "755",
     )
 
 
@@ -169,7 +223,11 @@ def _tar(entries: Iterable[Entry], epoch: int, out: Path) -> Path:
 
 def _compiled(tools: Tools, entries: list[Entry], folder: Path, epoch: int) -> list[Entry]:
     """The compiled form of every Python module under lib/, valid whatever the clock says: a layer never changes."""
-    sources = {member.name: content for member, content in entries if member.isreg() and member.name.startswith("lib/") and member.name.endswith(".py")}
+    sources = {
+        member.name: content
+        for member, content in entries
+        if member.isreg() and member.name.startswith("lib/") and member.name.endswith(".py")
+    }
     if not sources:
         return []
     root = folder / "python"
@@ -177,7 +235,19 @@ def _compiled(tools: Tools, entries: list[Entry], folder: Path, epoch: int) -> l
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
     tools.run(
-        "python3.13", "-s", "-S", "-P", "-m", "compileall", "-q", "--invalidation-mode=unchecked-hash", "-s", root, "-p", APP_ROOT, root / "lib",
+        "python3.13",
+        "-s",
+        "-S",
+        "-P",
+        "-m",
+        "compileall",
+        "-q",
+        "--invalidation-mode=unchecked-hash",
+        "-s",
+        root,
+        "-p",
+        APP_ROOT,
+        root / "lib",
         hint="correct the Python file named above",
     )
     return [_plain(str(file.relative_to(root)), file.read_bytes(), epoch) for file in sorted(root.rglob("*.pyc"))]
@@ -198,5 +268,7 @@ def _unpack_wheel(wheel: Path, sha256: str) -> dict[str, bytes]:
                     parts = parts[2:]
                 files["/".join(("lib", *parts))] = archive.read(name)
     except zipfile.BadZipFile as error:
-        raise ApplianceError(f"the wheel {sha256[:12]} is damaged: {error}", hint="remove it with ./build.py clean") from error
+        raise ApplianceError(
+            f"the wheel {sha256[:12]} is damaged: {error}", hint="remove it with ./build.py clean"
+        ) from error
     return files

@@ -1,7 +1,7 @@
 """The lock: exactly which packages a build is made of.
 
-`recipes/packages.lock` is JSON with one line per package, so that a review shows what moved. It names no host: `archive`
-and `path` are joined with whatever mirror the builder's host uses.
+`recipes/packages.lock` is JSON with one line per package, so that a review shows what moved. It names no host:
+`archive` and `path` are joined with whatever mirror the builder's host uses.
 """
 
 from __future__ import annotations
@@ -23,8 +23,17 @@ SETS = ("core", "full", "tools")
 CORE_RECIPE = "base"
 
 TOOLS = (
-    "erofs-utils", "squashfs-tools", "btrfs-progs", "dosfstools", "mtools", "fdisk",
-    "grub-common", "grub-pc-bin", "grub-efi-amd64-bin", "python3.13-minimal", "libpython3.13-stdlib",
+    "erofs-utils",
+    "squashfs-tools",
+    "btrfs-progs",
+    "dosfstools",
+    "mtools",
+    "fdisk",
+    "grub-common",
+    "grub-pc-bin",
+    "grub-efi-amd64-bin",
+    "python3.13-minimal",
+    "libpython3.13-stdlib",
 )
 """What the tools root is made of: programs whose version decides the bytes that come out."""
 
@@ -60,22 +69,37 @@ def check(lock: Lock, model: Model) -> None:
 # --- resolving -------------------------------------------------------------------------------------------------------
 
 
-def resolve(wanted: Mapping[str, tuple[str, ...]], mirrors: Mirrors, *, suite: str = SUITE, keyring: Path | None = KEYRING) -> Lock:
+def resolve(
+    wanted: Mapping[str, tuple[str, ...]], mirrors: Mirrors, *, suite: str = SUITE, keyring: Path | None = KEYRING
+) -> Lock:
     """Resolve the wanted names against the archive as it is now.
 
     Raises CommandError when the archive is out of reach or its signature is wrong, LockError when a name is unknown.
     """
     with private_apt(suite, mirrors, keyring=keyring) as apt:
         update(apt)
-        dates = [line.partition(":")[2].strip() for text in apt.release_files() for line in text.splitlines() if line.startswith("Date:")]
+        dates = [
+            line.partition(":")[2].strip()
+            for text in apt.release_files()
+            for line in text.splitlines()
+            if line.startswith("Date:")
+        ]
         known = set(apt.call("apt-cache", "pkgnames", "--generate").split())
         unknown = sorted({name for names in wanted.values() for name in names} - known)
         if unknown:
-            raise LockError(f"Debian {suite} has no package named {', '.join(unknown)}", hint="correct the name in the recipe's packages")
+            raise LockError(
+                f"Debian {suite} has no package named {', '.join(unknown)}",
+                hint="correct the name in the recipe's packages",
+            )
 
         def closure(names: Iterable[str]) -> tuple[Package, ...]:
             lines = apt.call("apt-get", "install", "--print-uris", "--yes", "--quiet=2", *names).splitlines()
-            return tuple(sorted((_parse_uri(line, mirrors) for line in lines if line.startswith("'")), key=lambda package: package.name))
+            return tuple(
+                sorted(
+                    (_parse_uri(line, mirrors) for line in lines if line.startswith("'")),
+                    key=lambda package: package.name,
+                )
+            )
 
         core = closure(["?essential", *wanted["core"]])
         # naming the core's packages makes it a part of the full set whatever alternatives apt would rather take
@@ -90,7 +114,9 @@ def _parse_uri(line: str, mirrors: Mirrors) -> Package:
     quoted, file, size, digest = line.split()
     uri = quoted.strip("'")
     # the longest match: one archive's address may begin with the other's
-    archive = max((name for name, base in mirrors.items() if uri.startswith(base + "/")), key=lambda name: len(mirrors[name]))
+    archive = max(
+        (name for name, base in mirrors.items() if uri.startswith(base + "/")), key=lambda name: len(mirrors[name])
+    )
     name, version, architecture = unquote(file).removesuffix(".deb").split("_")
     kind, _, sha256 = digest.partition(":")
     if kind != "SHA256":
@@ -108,10 +134,19 @@ def format_lock(lock: Lock) -> str:
         for package in lock.sets[name]:
             sets_of.setdefault(package, []).append(name)
     lines = ",\n".join(
-        "    " + json.dumps({
-            "name": package.name, "version": package.version, "architecture": package.architecture,
-            "archive": package.archive, "path": package.path, "size": package.size, "sha256": package.sha256, "sets": sets_of[package],
-        })
+        "    "
+        + json.dumps(
+            {
+                "name": package.name,
+                "version": package.version,
+                "architecture": package.architecture,
+                "archive": package.archive,
+                "path": package.path,
+                "size": package.size,
+                "sha256": package.sha256,
+                "sets": sets_of[package],
+            }
+        )
         for package in sorted(sets_of, key=lambda package: (package.name, package.version))
     )
     wanted = ",\n".join(f"    {json.dumps(name)}: {json.dumps(lock.wanted[name])}" for name in SETS)
@@ -142,7 +177,9 @@ def read_lock(file: Path) -> Lock:
         raise LockError(f"{file}:{error.lineno}: not JSON: {error.msg}", hint=_MEND) from error
     try:
         if data["format"] != _FORMAT:
-            raise LockError(f"{file}: format {data['format']!r} is unknown, this builder writes format {_FORMAT}", hint=_RELOCK)
+            raise LockError(
+                f"{file}: format {data['format']!r} is unknown, this builder writes format {_FORMAT}", hint=_RELOCK
+            )
         packages = [(_read_package(entry), tuple(entry["sets"])) for entry in data["packages"]]
         sets = {name: tuple(package for package, within in packages if name in within) for name in SETS}
         wanted = {name: tuple(data["wanted"][name]) for name in SETS}
@@ -158,8 +195,13 @@ _MEND = "take the file from version control again, or resolve anew with ./build.
 
 def _read_package(entry: Mapping[str, Any]) -> Package:
     package = Package(
-        str(entry["name"]), str(entry["version"]), str(entry["architecture"]),
-        str(entry["archive"]), str(entry["path"]), int(entry["size"]), str(entry["sha256"]),
+        str(entry["name"]),
+        str(entry["version"]),
+        str(entry["architecture"]),
+        str(entry["archive"]),
+        str(entry["path"]),
+        int(entry["size"]),
+        str(entry["sha256"]),
     )
     if package.architecture not in (ARCHITECTURE, "all"):
         raise ValueError(f"{package.name} is for {package.architecture}, not {ARCHITECTURE}")
@@ -193,5 +235,6 @@ def moves(old: Lock | None, new: Lock) -> tuple[Move, ...]:
     after = {package.name: package.version for name in SETS for package in new.sets[name]}
     return tuple(
         Move(name, before.get(name, ""), after.get(name, ""))
-        for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
     )

@@ -15,7 +15,7 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from types import MappingProxyType
 from appliance.errors import ApplianceError, CommandError, HostError
 from appliance.lock import CORE_RECIPE
 from appliance.model import Lock, Model, Package, Recipe, User
-from appliance.run import run
+from appliance.run import run, stream
 from appliance.store import Store, digest_of_files, remove
 from appliance.tools import Obtain
 
@@ -39,8 +39,9 @@ BOOT_PATTERNS = ("./boot/vmlinuz-*", "./usr/lib/modules", "./usr/bin/busybox", "
 
 @dataclass(frozen=True, slots=True)
 class Rootfs:
-    """The built tree: `tar` (uncompressed, sorted) is the base layer's content; `boot` a folder with what the boot chain
-    takes from the core, at its path in the tree: boot/vmlinuz-*, usr/lib/modules/<kernel>/, usr/bin/busybox, usr/lib/klibc*.
+    """The built tree: `tar` (uncompressed, sorted) is the base layer's content; `boot` a folder with what the boot
+    chain takes from the core, at its path in the tree: boot/vmlinuz-*, usr/lib/modules/<kernel>/, usr/bin/busybox,
+    usr/lib/klibc*.
     """
 
     tar: Path
@@ -57,12 +58,26 @@ def build(lock: Lock, model: Model, store: Store, obtain: Obtain) -> Rootfs:
     """Build, or find in the store, the tree of all packages of the model.
 
     Raises CommandError when a package does not install, ApplianceError when the tree breaks a promise (a user nobody
-    declared, a program that raises privileges), HostError when the host can build neither as root nor in a user namespace.
+    declared, a program that raises privileges), HostError when the host lets the user build nothing.
     """
-    wanted = core_inputs(lock, model)
-    core = store.step("core", wanted, lambda folder: _build_core(lock, model, obtain, folder))
-    tree = store.step("tree", tree_inputs(lock, model), lambda folder: _build_tree(lock, model, obtain, core, folder))
+
+    def build_core(folder: Path) -> None:
+        _build_core(lock, model, obtain, folder, _report(store, len(lock.sets["core"])))
+
+    def build_tree(folder: Path) -> None:
+        _build_tree(lock, model, obtain, core, folder, _report(store, len(lock.sets["full"]) - len(lock.sets["core"])))
+
+    core = store.step("core", core_inputs(lock, model), build_core)
+    tree = store.step("tree", tree_inputs(lock, model), build_tree)
     return Rootfs(tree / "tree.tar", core / "boot", tree.name)
+
+
+Report = Callable[[int], None]
+"""Told how many packages are set up."""
+
+
+def _report(store: Store, total: int) -> Report:
+    return lambda done: store.report(min(done, total), total, "packages")
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
@@ -105,13 +120,14 @@ def _host_tools() -> str:
 
 def _users(model: Model, *, core: bool) -> list[dict[str, object]]:
     recipes = [recipe for recipe in model.recipes if (recipe.name == CORE_RECIPE) is core]
-    return [_user(user) for user in sorted((user for recipe in recipes for user in recipe.users), key=lambda user: user.uid)]
+    return [
+        _user(user) for user in sorted((user for recipe in recipes for user in recipe.users), key=lambda user: user.uid)
+    ]
 
 
 def _user(user: User) -> dict[str, object]:
-    return {
-        "name": user.name, "uid": user.uid, "home": user.home, "groups": list(user.groups), "group_only": user.group_only,
-    }  # fmt: skip
+    entry = {"name": user.name, "uid": user.uid, "home": user.home, "group_only": user.group_only}
+    return {**entry, "groups": list(user.groups)}
 
 
 def _modules(model: Model) -> list[str]:
@@ -137,14 +153,23 @@ def _builds(model: Model) -> dict[str, Path]:
 # --- the two steps ---------------------------------------------------------------------------------------------------
 
 
-def _build_core(lock: Lock, model: Model, obtain: Obtain, folder: Path) -> None:
+def _build_core(lock: Lock, model: Model, obtain: Obtain, folder: Path, report: Report) -> None:
     packages = lock.sets["core"]
-    config = {"users": _users(model, core=True), "modules": _modules(model), "exclude": _excluded(model, core=True), "builds": []}
+    config = {
+        "users": _users(model, core=True),
+        "modules": _modules(model),
+        "exclude": _excluded(model, core=True),
+        "builds": [],
+    }
     tar = folder / "core.tar"
     with _work_folder() as work:
         _pack_repository(packages, obtain(packages), config, lock, work / "packages.tar")
         _mmdebstrap(
-            lock, work, tar, None,
+            lock,
+            work,
+            tar,
+            None,
+            report,
             "--variant=essential",
             f"--include={','.join(package.name for package in packages)}",
             f"--setup-hook={_UNPACK}",
@@ -154,16 +179,32 @@ def _build_core(lock: Lock, model: Model, obtain: Obtain, folder: Path) -> None:
         )
     boot = folder / "boot"
     boot.mkdir()
-    run(["tar", "-xf", tar, "-C", boot, "--no-same-owner", "--no-same-permissions", "--wildcards", *_present(tar, BOOT_PATTERNS)])
+    run(
+        [
+            "tar",
+            "-xf",
+            tar,
+            "-C",
+            boot,
+            "--no-same-owner",
+            "--no-same-permissions",
+            "--wildcards",
+            *_present(tar, BOOT_PATTERNS),
+        ]
+    )
 
 
 def _present(tar: Path, patterns: Sequence[str]) -> list[str]:
     """tar refuses patterns that match nothing; klibc's library lies in another place on other releases."""
     names = run(["tar", "-tf", tar]).stdout.decode().splitlines()
-    return [pattern for pattern in patterns if any(re.match(re.escape(pattern).replace(r"\*", ".*"), name) for name in names)]
+    return [
+        pattern
+        for pattern in patterns
+        if any(re.match(re.escape(pattern).replace(r"\*", ".*"), name) for name in names)
+    ]
 
 
-def _build_tree(lock: Lock, model: Model, obtain: Obtain, core: Path, folder: Path) -> None:
+def _build_tree(lock: Lock, model: Model, obtain: Obtain, core: Path, folder: Path, report: Report) -> None:
     inside = {package.name for package in lock.sets["core"]}
     packages = [package for package in lock.sets["full"] if package.name not in inside]
     users = _users(model, core=True) + _users(model, core=False)
@@ -174,12 +215,21 @@ def _build_tree(lock: Lock, model: Model, obtain: Obtain, core: Path, folder: Pa
     with _work_folder() as work:
         _pack_repository(packages, obtain(packages), config, lock, work / "packages.tar", _builds(model))
         _mmdebstrap(
-            lock, work, folder / "tree.tar", core / "core.tar",
-            "--variant=custom", "--skip=update,cleanup/mmdebstrap",
-            f'--setup-hook=tar -x --numeric-owner -C "$1" <&9',
+            lock,
+            work,
+            folder / "tree.tar",
+            core / "core.tar",
+            report,
+            "--variant=custom",
+            "--skip=update,cleanup/mmdebstrap",
+            '--setup-hook=tar -x --numeric-owner -C "$1" <&9',
             f"--setup-hook={_UNPACK}",
             f"--customize-hook={_STAGE.format(stage='prepare')}",
-            *([f"--customize-hook={_INSTALL.format(names=' '.join(package.name for package in packages))}"] if packages else []),
+            *(
+                [f"--customize-hook={_INSTALL.format(names=' '.join(package.name for package in packages))}"]
+                if packages
+                else []
+            ),
             f"--customize-hook={_STAGE.format(stage='builds')}",
             f"--customize-hook={_STAGE.format(stage='finish')}",
             f'--customize-hook=rm -r "$1/{_PLACE}"',
@@ -200,40 +250,59 @@ _INSTALL = (
 )
 
 
-def _mmdebstrap(lock: Lock, work: Path, out: Path, core: Path | None, *arguments: str) -> None:
+def _mmdebstrap(lock: Lock, work: Path, out: Path, core: Path | None, report: Report, *arguments: str) -> None:
     mode = "root" if os.geteuid() == 0 else "unshare"
-    argv = [
-        "mmdebstrap", "--verbose", f"--mode={mode}", "--format=tar",
-        "--skip=check/empty,check/signed-by,cleanup/apt,output/dev", *arguments,
-        lock.suite, "-", f"deb [trusted=yes] file:/{_PLACE} ./",
-    ]
+    skip = "--skip=check/empty,check/signed-by,cleanup/apt,output/dev"
+    source = f"deb [trusted=yes] file:/{_PLACE} ./"
+    argv = ["mmdebstrap", "--verbose", f"--mode={mode}", "--format=tar", skip, *arguments, lock.suite, "-", source]
     keep = ("PATH", "HOME", "USER", "LOGNAME")
     env = {name: os.environ[name] for name in keep if name in os.environ} | {
-        "SOURCE_DATE_EPOCH": str(lock.epoch), "TMPDIR": str(work), "LC_ALL": "C.UTF-8", "TZ": "UTC",
-        "SAMEPAGE_PACKAGES": str(work / "packages.tar"), "SAMEPAGE_CORE": str(core or os.devnull), "SAMEPAGE_OUT": str(out),
+        "SOURCE_DATE_EPOCH": str(lock.epoch),
+        "TMPDIR": str(work),
+        "LC_ALL": "C.UTF-8",
+        "TZ": "UTC",
+        "SAMEPAGE_PACKAGES": str(work / "packages.tar"),
+        "SAMEPAGE_CORE": str(core or os.devnull),
+        "SAMEPAGE_OUT": str(out),
     }
     script = 'umask 022; exec "$@" 8<"$SAMEPAGE_PACKAGES" 9<"$SAMEPAGE_CORE" >"$SAMEPAGE_OUT"'
-    done = run(["sh", "-c", script, "sh", *argv], env=env, cwd=work, check=False)
-    if done.returncode != 0:
-        _explain(done.stderr.decode(errors="replace"), done.returncode, lock.suite)
+    lines: list[str] = []
+    configured = 0
+
+    def on_line(line: str) -> None:
+        nonlocal configured
+        lines.append(line)
+        if line.startswith("Setting up "):
+            configured += 1
+            report(configured)
+
+    status = stream(["sh", "-c", script, "sh", *argv], env=env, cwd=work, check=False, on_line=on_line)
+    if status != 0:
+        _explain("\n".join(lines), status, lock.suite)
 
 
-def _explain(output: str, returncode: int, suite: str) -> None:
-    """Raise for a failed mmdebstrap: faults that the tree's own checks named, what the host lacks, or the log's tail."""
+def _explain(output: str, status: int, suite: str) -> None:
+    """Raise for a failed mmdebstrap: faults that the stage scripts named, what the host lacks, or the log's tail."""
     faults = re.findall(r"^fault: (.*)$", output, re.MULTILINE)
     if faults:
         raise ApplianceError(
             "the packages break a promise of the base layer:\n  " + "\n  ".join(faults),
-            hint="declare the user or group with a fixed number in the recipe that brings the package; see docs/adding-a-recipe.md",
+            hint="correct the recipe that brings the package: its users and groups stand, with numbers, under users",
         )
-    if re.search(r"newuidmap|subuid|unshare|user namespace", output) and "installing" not in output:
+    if re.search(r"newuidmap|subuid|unshare|user namespace", output) and "installing essential" not in output:
         raise HostError(
             "this host lets its users make no user namespace:\n" + _tail(output),
             hint="run ./build.py doctor for the command that allows it, or build as root",
         )
     if "No space left on device" in output:
-        raise HostError("the disk is full:\n" + _tail(output), hint="free some space with ./build.py clean, or set TMPDIR to a roomier folder")
-    raise CommandError(f"mmdebstrap of {suite} ended with status {returncode}\n{_tail(output)}", hint="the package named above does not install; the lock may be at fault: ./build.py lock --update")
+        raise HostError(
+            "the disk is full:\n" + _tail(output),
+            hint="free some space with ./build.py clean, or set TMPDIR to a roomier folder",
+        )
+    raise CommandError(
+        f"mmdebstrap of {suite} ended with status {status}\n{_tail(output)}",
+        hint="the package named above does not install; take today's versions with ./build.py lock --update",
+    )
 
 
 def _tail(output: str) -> str:
@@ -306,7 +375,11 @@ def _work_folder() -> Iterator[Path]:
 
 def _work_base() -> Path:
     chosen = os.environ.get("TMPDIR")
-    if chosen is None and os.access(RAM, os.W_OK) and min(shutil.disk_usage(RAM).free, _available_memory()) > RAM_NEEDED:
+    if (
+        chosen is None
+        and os.access(RAM, os.W_OK)
+        and min(shutil.disk_usage(RAM).free, _available_memory()) > RAM_NEEDED
+    ):
         return RAM
     return Path(chosen or "/tmp")
 
@@ -321,5 +394,8 @@ def _remove_tree(folder: Path) -> None:
     try:
         remove(folder)
     except PermissionError:
-        run(["mmdebstrap", "--unshare-helper", "rm", "-rf", "--one-file-system", *sorted(folder.glob("mmdebstrap.*"))], check=False)
+        run(
+            ["mmdebstrap", "--unshare-helper", "rm", "-rf", "--one-file-system", *sorted(folder.glob("mmdebstrap.*"))],
+            check=False,
+        )
         remove(folder)

@@ -1,11 +1,12 @@
 """The content cache: results of build steps, keyed by the hash of all their inputs.
 
-A step's folder appears whole or not at all: it is built beside its place and renamed at the end, under a lock of its key,
-so a killed build leaves nothing that the next one trusts, and two builds at once make each result once.
+A step's folder appears whole or not at all: it is built beside its place and renamed at the end, under a lock of its
+key, so a killed build leaves nothing that the next one trusts, and two builds at once make each result once.
 
     <root>/steps/<name>/<key>/           what the step wrote
-    <root>/steps/<name>/<key>.json       its inputs, and the size of every file: a torn result is noticed, without reading it
-    <root>/locks/                        empty files to lock; <root>/last/: which inputs a checkout used last, for `explain`
+    <root>/steps/<name>/<key>.json       its inputs, and the size of every file: a torn result is noticed unread
+    <root>/locks/                        empty files to lock
+    <root>/last/                         which inputs a checkout used last, for `explain`
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from appliance.errors import ApplianceError, HostError
+from appliance.errors import HostError
 
 Notify = Callable[[str], None]
 
@@ -52,11 +53,11 @@ def digest_of_files(files: Mapping[str, Path]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """A cache folder. `checkout` is the project folder, for `explain`; `notify` gets a line when a lock must be waited for."""
+    """A cache folder. `checkout` is the project folder, for `explain`; `notify` is told what is waited for."""
 
     root: Path
     checkout: Path
-    notify: Notify = lambda text: None
+    notify: Notify = lambda _: None
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -81,6 +82,9 @@ class Store:
         _record(place).touch()  # when it was used last, for `clean`
         self._remember(name, inputs)
         return place
+
+    def report(self, done: float, total: float, unit: str) -> None:
+        """What a running step tells about itself; a store with a console shows it."""
 
     def _build(self, place: Path, inputs: Mapping[str, str], build: Callable[[Path], None]) -> None:
         partial = place.with_name(place.name + ".partial")
@@ -115,7 +119,11 @@ class Store:
         changed = [key for key in sorted(inputs) if key in last and last[key] != inputs[key]]
         added = [key for key in sorted(inputs) if key not in last]
         gone = [key for key in sorted(last) if key not in inputs]
-        parts = [f"{what}: {', '.join(keys)}" for what, keys in (("changed", changed), ("new", added), ("gone", gone)) if keys]
+        parts = [
+            f"{what}: {', '.join(keys)}"
+            for what, keys in (("changed", changed), ("new", added), ("gone", gone))
+            if keys
+        ]
         return "; ".join(parts) or "its result is not in the cache any more"
 
     def _last_file(self, name: str) -> Path:
@@ -143,7 +151,9 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder / name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise HostError(f"cannot write the cache {self.root}: {error.strerror}", hint="place it elsewhere with SAMEPAGE_CACHE") from error
+            raise HostError(
+                f"cannot write the cache {self.root}: {error.strerror}", hint="place it elsewhere with SAMEPAGE_CACHE"
+            ) from error
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -173,7 +183,10 @@ class Store:
         for result in self.results():
             if keep_days is not None and result.used > time.time() - keep_days * 86400:
                 continue
-            with self.locked(f"{result.name}-{result.place.name.removesuffix('.partial')}", f"waiting for a build that makes {result.name}"):
+            with self.locked(
+                f"{result.name}-{result.place.name.removesuffix('.partial')}",
+                f"waiting for a build that makes {result.name}",
+            ):
                 _record(result.place).unlink(missing_ok=True)
                 remove(result.place)
                 freed += result.size
@@ -182,7 +195,7 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One result in the cache: when it was used last (seconds since the epoch, 0 for a leftover) and its bytes on disk."""
+    """One result in the cache: when it was used last (seconds, 0 for a leftover) and its bytes on disk."""
 
     name: str
     place: Path
@@ -196,7 +209,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
         return
     for folder, _, _ in os.walk(path):
-        os.chmod(folder, 0o700)
+        Path(folder).chmod(0o700)
     shutil.rmtree(path)
 
 
@@ -206,7 +219,7 @@ def disk_usage(path: Path) -> int:
     for folder, _, files in os.walk(path):
         for name in files:
             try:
-                total += os.lstat(os.path.join(folder, name)).st_blocks * 512
+                total += Path(folder, name).lstat().st_blocks * 512
             except FileNotFoundError:  # a build beside us
                 continue
     return total
@@ -250,16 +263,18 @@ def _sizes(folder: Path, limit: int = 1000) -> dict[str, int]:
     for parent, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(files):
-            status = os.lstat(os.path.join(parent, name))
+            status = Path(parent, name).lstat()
             if stat.S_ISREG(status.st_mode) and len(sizes) < limit:
-                sizes[os.path.relpath(os.path.join(parent, name), folder)] = status.st_size
+                sizes[str(Path(parent, name).relative_to(folder))] = status.st_size
     return sizes
 
 
 def _write_whole(file: Path, text: str) -> None:
     """Write a small file so that no reader, and no crash, sees a half of it."""
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=file.name, suffix=".partial", delete=False) as partial:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=file.parent, prefix=file.name, suffix=".partial", delete=False
+    ) as partial:
         partial.write(text)
         partial.flush()
         os.fsync(partial.fileno())
-    os.replace(partial.name, file)
+    Path(partial.name).replace(file)

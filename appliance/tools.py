@@ -22,7 +22,15 @@ Obtain = Callable[[Iterable[Package]], Mapping[str, Path]]
 
 _FOLDERS = ("usr/bin", "usr/sbin", "usr/local/bin", "bin", "sbin")
 _LIBRARIES = ("usr/lib/x86_64-linux-gnu", "usr/lib")
-_SKIPPED = ("./usr/share/doc", "./usr/share/man", "./usr/share/info", "./usr/share/locale", "./usr/share/lintian", "./usr/share/bug", "./etc")
+_SKIPPED = (
+    "./usr/share/doc",
+    "./usr/share/man",
+    "./usr/share/info",
+    "./usr/share/locale",
+    "./usr/share/lintian",
+    "./usr/share/bug",
+    "./etc",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +42,9 @@ class Tools:
 
     def command(self, program: str, *arguments: Arg) -> list[str]:
         """The command line that runs a program of the tools root. Raises HostError when it has none of that name."""
-        found = next((self.root / folder / program for folder in _FOLDERS if (self.root / folder / program).exists()), None)
+        found = next(
+            (self.root / folder / program for folder in _FOLDERS if (self.root / folder / program).exists()), None
+        )
         if found is None:
             raise HostError(f"the tools root has no program {program!r}", hint="run ./build.py clean and build again")
         libraries = ":".join(str(self.root / folder) for folder in _LIBRARIES)
@@ -54,13 +64,25 @@ class Tools:
         }
 
     def run(
-        self, program: str, *arguments: Arg, cwd: Path | None = None, env: Mapping[str, str] | None = None,
-        input: bytes | None = None, timeout: float | None = None, check: bool = True, hint: str = "",
+        self,
+        program: str,
+        *arguments: Arg,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        input: bytes | None = None,
+        timeout: float | None = None,
+        check: bool = True,
+        hint: str = "",
     ) -> subprocess.CompletedProcess[bytes]:
         """Run a program of the tools root to its end; `env` is added to `environment`. Otherwise like run.run."""
         return run(
-            self.command(program, *arguments), cwd=cwd, env={**self.environment, **(env or {})},
-            input=input, timeout=timeout, check=check, hint=hint,
+            self.command(program, *arguments),
+            cwd=cwd,
+            env={**self.environment, **(env or {})},
+            input=input,
+            timeout=timeout,
+            check=check,
+            hint=hint,
         )
 
 

@@ -1,12 +1,12 @@
 """Runs on the host's Python as root of the build's namespace, beside the chroot whose path is the second argument.
 
-    stage.py prepare ROOT    before packages are installed: dpkg's rules, fixed users, what keeps packages from making secrets
+    stage.py prepare ROOT    before packages are installed: dpkg's rules, fixed users, no secrets made by packages
     stage.py core ROOT       after the core: kernel modules made plain
     stage.py builds ROOT     after all packages: the recipes' own steps
     stage.py finish ROOT     at the end: everything that must not be in an immutable, reproducible layer leaves or moves
 
-Standard library only, and no imports from the builder: the namespace's user may not be able to read the project's folder.
-Reads config.json beside itself: {"users": [{name, uid, home, groups, group_only}], "modules": [names], "exclude": [globs],
+Standard library only, and no imports from the builder: the namespace's user may not be able to read its folder. Reads
+config.json beside itself: {"users": [{name, uid, home, groups, group_only}], "modules": [names], "exclude": [globs],
 "builds": [paths beside this file]}. What it can name ends with status 3 and one line per fault on stderr.
 """
 
@@ -21,6 +21,9 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
+
+Config = dict[str, Any]
 
 SYSTEM_IDS = range(101, 1000)
 
@@ -28,25 +31,27 @@ SYSTEM_IDS = range(101, 1000)
 DECOYS = (
     "etc/ssh/ssh_host_rsa_key", "etc/ssh/ssh_host_ecdsa_key", "etc/ssh/ssh_host_ed25519_key",
     "etc/ssl/certs/ssl-cert-snakeoil.pem", "etc/ssl/private/ssl-cert-snakeoil.key",
-)
+)  # fmt: skip
 
 # Left by the tools that built the tree, or different in every build.
 LEFTOVERS = (
-    "boot/*", "initrd.img*", "vmlinuz*", "etc/hostname", "etc/aliases.db", "etc/machine-id", "etc/.pwd.lock", "etc/*-",
-    "etc/apt", "etc/dpkg", "etc/kernel/postinst.d", "etc/initramfs-tools", "etc/ssh/ssh_host_*", "etc/ssl/private/ssl-cert-snakeoil.key",
-    "etc/ssl/certs/ssl-cert-snakeoil.pem", "usr/share/doc-base", "usr/lib/udev/hwdb.d",
-    "var/cache/*", "var/log/*", "var/backups/*", "var/lib/apt", "var/lib/ucf", "var/lib/pam", "var/lib/initramfs-tools",
-    "var/lib/systemd/deb-systemd-*", "var/lib/systemd/catalog", "var/lib/dbus", "var/lib/python", "var/tmp/*", "var/lib/polkit-1",
-    "var/lib/misc/*", "var/lib/shells.state", "var/lib/vim", "var/lib/man-db", "var/mail/*",
-)
+    "boot/*", "initrd.img*", "vmlinuz*", "etc/hostname", "etc/aliases.db", "etc/machine-id", "etc/.pwd.lock",
+    "etc/*-", "etc/apt", "etc/dpkg", "etc/kernel/postinst.d", "etc/initramfs-tools", "etc/ssh/ssh_host_*",
+    "etc/ssl/private/ssl-cert-snakeoil.key", "etc/ssl/certs/ssl-cert-snakeoil.pem", "usr/share/doc-base",
+    "usr/lib/udev/hwdb.d", "var/cache/*", "var/log/*", "var/backups/*", "var/lib/apt", "var/lib/ucf", "var/lib/pam",
+    "var/lib/initramfs-tools", "var/lib/systemd/deb-systemd-*", "var/lib/systemd/catalog", "var/lib/dbus",
+    "var/lib/python", "var/tmp/*", "var/lib/polkit-1", "var/lib/misc/*", "var/lib/shells.state", "var/lib/vim",
+    "var/lib/man-db", "var/mail/*",
+)  # fmt: skip
 
 # Programs that raise privileges and may stay; any other is a surprise that a person must look at.
 SETUID = {
-    "usr/bin/chage", "usr/bin/chfn", "usr/bin/chsh", "usr/bin/expiry", "usr/bin/gpasswd", "usr/bin/mount", "usr/bin/newgrp",
-    "usr/bin/passwd", "usr/bin/ssh-agent", "usr/bin/su", "usr/bin/umount", "usr/lib/dbus-1.0/dbus-daemon-launch-helper",
-    "usr/lib/openssh/ssh-keysign", "usr/lib/postfix/sbin/postdrop", "usr/sbin/postdrop", "usr/sbin/postqueue", "usr/sbin/postlog",
-    "usr/sbin/unix_chkpwd", "usr/bin/wall", "usr/bin/write", "usr/bin/crontab",
-}
+    "usr/bin/chage", "usr/bin/chfn", "usr/bin/chsh", "usr/bin/expiry", "usr/bin/gpasswd", "usr/bin/mount",
+    "usr/bin/newgrp", "usr/bin/passwd", "usr/bin/ssh-agent", "usr/bin/su", "usr/bin/umount",
+    "usr/lib/dbus-1.0/dbus-daemon-launch-helper", "usr/lib/openssh/ssh-keysign", "usr/lib/postfix/sbin/postdrop",
+    "usr/sbin/postdrop", "usr/sbin/postqueue", "usr/sbin/postlog", "usr/sbin/unix_chkpwd", "usr/bin/wall",
+    "usr/bin/write", "usr/bin/crontab",
+}  # fmt: skip
 
 DPKG_STATE = "usr/lib/sysimage/dpkg"
 
@@ -64,10 +69,14 @@ def main() -> int:
 # --- before the packages ---------------------------------------------------------------------------------------------
 
 
-def prepare(root: Path, config: dict) -> list[str]:
+def prepare(root: Path, config: Config) -> list[str]:
     """Set the rules for dpkg and the maintainer scripts."""
     rules = Path(__file__).with_name("dpkg.cfg").read_text()
-    rules += "".join(f"path-include=/usr/lib/modules/*/{pattern}\n" for name in config["modules"] for pattern in _module_patterns(name))
+    rules += "".join(
+        f"path-include=/usr/lib/modules/*/{pattern}\n"
+        for name in config["modules"]
+        for pattern in _module_patterns(name)
+    )
     rules += "".join(f"path-exclude={glob}\npath-exclude={glob}/*\n" for glob in config["exclude"])
     write(root / "etc/dpkg/dpkg.cfg.d/90-samepage", rules)
     write(root / "etc/postgresql-common/createcluster.conf", "create_main_cluster = false\nstart_conf = manual\n")
@@ -84,8 +93,8 @@ def _module_patterns(name: str) -> list[str]:
     return [f"{name}/*", f"{name}.ko*"]
 
 
-def add_users(root: Path, users: list[dict]) -> None:
-    """Add users and groups with their fixed numbers; one that exists keeps its entry and gains the missing memberships."""
+def add_users(root: Path, users: list[Config]) -> None:
+    """Add users and groups with their fixed numbers; one that exists keeps its entry and gains memberships."""
     files = {name: read_table(root / "etc" / name) for name in ("passwd", "group", "shadow", "gshadow")}
     for user in users:
         name, number = user["name"], str(user["uid"])
@@ -100,8 +109,8 @@ def add_users(root: Path, users: list[dict]) -> None:
                 if group in files[table]:  # a package may bring it later: finish comes here again
                     members = [member for member in files[table][group][3].split(",") if member]
                     files[table][group][3] = ",".join(dict.fromkeys([*members, user["name"]]))
-    for name, table in files.items():
-        write(root / "etc" / name, "".join(":".join(row) + "\n" for row in table.values()))
+    for name, rows in files.items():
+        write(root / "etc" / name, "".join(":".join(row) + "\n" for row in rows.values()))
 
 
 def read_table(file: Path) -> dict[str, list[str]]:
@@ -119,7 +128,7 @@ def write(file: Path, text: str) -> None:
 # --- after the core --------------------------------------------------------------------------------------------------
 
 
-def core(root: Path, config: dict) -> list[str]:
+def core(root: Path, config: Config) -> list[str]:
     """Make kernel modules plain: they compress better inside the layer, and deltas between kernels stay small."""
     del config
     packed = sorted(root.glob("usr/lib/modules/*/kernel/**/*.ko.xz"))
@@ -130,7 +139,7 @@ def core(root: Path, config: dict) -> list[str]:
     return []
 
 
-def builds(root: Path, config: dict) -> list[str]:
+def builds(root: Path, config: Config) -> list[str]:
     """Run the recipes' own build steps inside the chroot. One that fails is named."""
     here = Path(__file__).parent
     faults = []
@@ -153,7 +162,7 @@ def unpack_module(file: Path) -> None:
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
-def finish(root: Path, config: dict) -> list[str]:
+def finish(root: Path, config: Config) -> list[str]:
     """Turn an installed tree into an immutable one."""
     add_users(root, config["users"])
     tidy_accounts(root)
@@ -178,7 +187,19 @@ def tidy_accounts(root: Path) -> None:
 
 def documents(root: Path) -> None:
     """Remove what dpkg's rules exclude but mmdebstrap had extracted before they were there."""
-    for folder in ("man", "info", "bug", "lintian", "locale", "i18n", "bash-completion", "zsh", "fish", "vim", "pixmaps"):
+    for folder in (
+        "man",
+        "info",
+        "bug",
+        "lintian",
+        "locale",
+        "i18n",
+        "bash-completion",
+        "zsh",
+        "fish",
+        "vim",
+        "pixmaps",
+    ):
         remove(root / "usr/share" / folder)
     for path in sorted((root / "usr/share/doc").rglob("*"), reverse=True):
         if path.name == "copyright":
@@ -196,7 +217,16 @@ def move_dpkg(root: Path) -> None:
     state.parent.mkdir(parents=True, exist_ok=True)
     remove(state)
     shutil.move(root / "var/lib/dpkg", state)
-    for name in ("lock", "lock-frontend", "triggers/Lock", "status-old", "available-old", "diversions-old", "statoverride-old", "available"):
+    for name in (
+        "lock",
+        "lock-frontend",
+        "triggers/Lock",
+        "status-old",
+        "available-old",
+        "diversions-old",
+        "statoverride-old",
+        "available",
+    ):
         remove(state / name)
     remove(state / "updates")
     remove(state / "parts")
@@ -211,7 +241,9 @@ def links(root: Path) -> None:
     remove(root / "usr/share/factory/var/roothome")
     shutil.copytree(root / "root", root / "usr/share/factory/var/roothome", symlinks=True)
     targets = {
-        "root": "var/roothome", "usr/local/bin": "/opt/samepage/bin", "usr/local/sbin": "/opt/samepage/bin",
+        "root": "var/roothome",
+        "usr/local/bin": "/opt/samepage/bin",
+        "usr/local/sbin": "/opt/samepage/bin",
         "etc/resolv.conf": "../run/systemd/resolve/stub-resolv.conf",
     }
     for name, target in targets.items():
@@ -223,15 +255,17 @@ def links(root: Path) -> None:
     write(root / "etc/machine-id", "")
 
 
-def undeclared(root: Path, users: list[dict]) -> list[str]:
-    """Users and groups whose number Debian dealt out, or differs from the recipe's: data on a node outlives the layer."""
+def undeclared(root: Path, users: list[Config]) -> list[str]:
+    """Users and groups whose number is not fixed by a recipe: data on a node outlives the layer."""
     declared = {user["name"]: user["uid"] for user in users}
     found = []
     for table, kind in (("passwd", "user"), ("group", "group")):
         for name, row in read_table(root / "etc" / table).items():
             number = int(row[2])
             if name in declared and number != declared[name]:
-                found.append(f"the {kind} {name} has number {number} in Debian, not {declared[name]} as its recipe says")
+                found.append(
+                    f"the {kind} {name} has number {number} in Debian, not {declared[name]} as its recipe says"
+                )
             elif name not in declared and number in SYSTEM_IDS:
                 found.append(f"no recipe declares the {kind} {name}, which a package made as number {number}")
     return found
@@ -241,23 +275,24 @@ def surprises(root: Path) -> list[str]:
     """Programs that raise privileges by mode or by file capabilities and are not known to."""
     found = []
     for parent, _, files in os.walk(root / "usr"):
-        for name in files:
-            path = os.path.join(parent, name)
-            status = os.lstat(path)
+        for path in (Path(parent, name) for name in files):
+            status = path.lstat()
+            inside = path.relative_to(root)
             if not stat.S_ISREG(status.st_mode):
                 continue
-            relative = os.path.relpath(path, root)
-            if status.st_mode & (stat.S_ISUID | stat.S_ISGID) and relative not in SETUID:
-                found.append(f"/{relative} raises privileges (mode {stat.S_IMODE(status.st_mode):04o}) and is not known to")
+            if status.st_mode & (stat.S_ISUID | stat.S_ISGID) and str(inside) not in SETUID:
+                mode = f"{stat.S_IMODE(status.st_mode):04o}"
+                found.append(f"/{inside} raises privileges (mode {mode}) and is not known to")
             elif status.st_mode & 0o111 and "security.capability" in os.listxattr(path):
-                os.removexattr(path, "security.capability")
-                found.append(f"/{relative} raises privileges (file capabilities), which a layer does not carry")
+                found.append(f"/{inside} raises privileges (file capabilities), which a layer does not carry")
     return found
 
 
 def skeleton(root: Path) -> None:
     """Replace /var by tmpfiles.d lines that make it again on an empty one; files with content come from the factory."""
-    names = {kind: {row[2]: name for name, row in read_table(root / "etc" / kind).items()} for kind in ("passwd", "group")}
+    names = {
+        kind: {row[2]: name for name, row in read_table(root / "etc" / kind).items()} for kind in ("passwd", "group")
+    }
     known = tmpfiles_paths(root)
     factory = root / "usr/share/factory/var"
     lines = []
@@ -272,7 +307,7 @@ def skeleton(root: Path) -> None:
             if inside in known:
                 continue
             if path.is_symlink():
-                lines.append(f"L {inside} - - - - {os.readlink(path)}")
+                lines.append(f"L {inside} - - - - {path.readlink()}")
             elif path.is_dir():
                 lines.append(f"d {inside} {mode} {owner} {group} -")
             elif status.st_size == 0:
