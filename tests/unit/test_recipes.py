@@ -14,6 +14,7 @@ from trees import VALID, add, edit, link, write_tree
 from appliance.errors import Faults
 from appliance.model import Memory, Recipe
 from appliance.recipes import load_recipes
+from appliance.yamlfile import Fields
 
 WEB = "recipes/web/recipe.yaml"
 
@@ -201,3 +202,18 @@ def test_any_text_gives_faults_and_never_an_exception(tmp_path: Path, text: str 
     faults = Faults()
     assert "web" in load_recipes(folder, faults)
     assert faults.found  # no such text has a summary
+
+
+def test_every_key_is_documented(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: set[str] = set()
+    finish = Fields.finish
+
+    def remember(fields: Fields) -> None:
+        known.update(() if fields.place.key else fields.known)
+        finish(fields)
+
+    monkeypatch.setattr(Fields, "finish", remember)
+    load(project)
+    page = (Path(__file__).parents[2] / "docs" / "recipe-format.md").read_text()
+    described = page.partition("## recipe.yaml")[2].partition("\n## ")[0]
+    assert {line[4:] for line in described.splitlines() if line.startswith("### ")} == known == set(keys)
