@@ -252,7 +252,7 @@ _INSTALL = (
 
 def _mmdebstrap(lock: Lock, work: Path, out: Path, core: Path | None, report: Report, *arguments: str) -> None:
     mode = "root" if os.geteuid() == 0 else "unshare"
-    skip = "--skip=check/empty,check/signed-by,cleanup/apt,output/dev"
+    skip = f"--skip=check/empty,check/signed-by,cleanup/apt{',output/dev' if core is None else ''}"
     source = f"deb [trusted=yes] file:/{_PLACE} ./"
     argv = ["mmdebstrap", "--verbose", f"--mode={mode}", "--format=tar", skip, *arguments, lock.suite, "-", source]
     keep = ("PATH", "HOME", "USER", "LOGNAME")
