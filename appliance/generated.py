@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from appliance.accounts import group_ids, user_ids
-from appliance.layout import needed_recipes
+from appliance.endpoints import needed_recipes
 from appliance.model import Model, Node, Probe, Recipe, RenderedFile, Unit
 
 UNITS = "/etc/systemd/system/"

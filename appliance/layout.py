@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from appliance.collisions import find_collisions
+from appliance.endpoints import Resolver
 from appliance.errors import Faults, nearest
-from appliance.model import Endpoint, Model, Node, Place, Recipe, Resolved, frozen_map
-from appliance.recipes import NAME
-from appliance.yamlfile import Fields, Value, add_fault, load_yaml, shown
+from appliance.model import Model, Node, Place, Recipe, frozen_map
+from appliance.yamlfile import NAME, Fields, Value, add_fault, load_yaml, shown
 
 BASE = "base"  # the recipe whose packages every node boots from
 
@@ -50,10 +50,11 @@ def load_layout(project: Path, name: str, recipes: Mapping[str, Recipe], faults:
     fields.finish()
     if not nodes:
         return None
+    resolver = Resolver([node for node, _ in nodes], recipes, not missing, faults)
     complete = tuple(
         replace(
             node,
-            endpoints=frozen_map(_endpoints(node, place, [node for node, _ in nodes], recipes, not missing, faults)),
+            endpoints=frozen_map(resolver.resolve(node, place)),
             shares=frozen_map(share_memory(node.memory, node.recipes)),
             settings=frozen_map({recipe.name: settings[recipe.name] for recipe in node.recipes}),
         )
@@ -73,19 +74,17 @@ def validate(model: Model, places: Mapping[str, Place], whole: bool, faults: Fau
     """
     addresses: dict[str, str] = {}
     for node in model.nodes:
-        place = places[node.name]
-        needed = sum(recipe.memory.minimum for recipe in node.recipes)
-        if needed > node.memory > 0:
-            parts = ", ".join(
-                f"{recipe.name} {recipe.memory.minimum}" for recipe in node.recipes if recipe.memory.minimum
+        minimums = {recipe.name: recipe.memory.minimum for recipe in node.recipes if recipe.memory.minimum}
+        if sum(minimums.values()) > node.memory > 0:
+            parts = ", ".join(f"{name} {minimum}" for name, minimum in minimums.items())
+            message = (
+                f"the recipes need at least {sum(minimums.values())} MiB ({parts}); the node has {node.memory} MiB"
             )
-            add_fault(
-                faults, place, f"the recipes need at least {needed} MiB ({parts}); the node has {node.memory} MiB"
-            )
-        if node.address and addresses.setdefault(node.address, node.name) != node.name:
-            add_fault(
-                faults, place, f"the address {node.address} belongs to the node {addresses[node.address]} already"
-            )
+            add_fault(faults, places[node.name], message)
+        holder = addresses.setdefault(node.address, node.name)
+        if node.address and holder != node.name:
+            message = f"the address {node.address} belongs to the node {holder} already"
+            add_fault(faults, places[node.name], message)
     find_collisions(model, whole, faults)
 
 
@@ -159,8 +158,8 @@ def _settings(
 
 
 def _override(default: Any, value: Value, faults: Faults) -> Any:
-    """`value` where it has the type of `default`; mappings are merged key by key."""
-    if isinstance(default, Mapping) and isinstance(value.data, Mapping):
+    """`value` where it has the type of `default`; mappings are merged key by key, and an empty one takes any."""
+    if isinstance(default, Mapping) and default and isinstance(value.data, Mapping):
         merged = dict(default)
         for name, inner in value.data.items():
             if name in default:
@@ -174,100 +173,3 @@ def _override(default: Any, value: Value, faults: Faults) -> Any:
         kind = Value(default, value.place).kind
         add_fault(faults, value.place, f"must be of the type of the recipe's default, {kind}, not {value.kind}")
     return default
-
-
-# --- endpoints -----------------------------------------------------------------------------------------------------
-
-
-def _endpoints(
-    node: Node, place: Place, nodes: Sequence[Node], recipes: Mapping[str, Recipe], whole: bool, faults: Faults
-) -> dict[str, Resolved]:
-    """Every endpoint the node's recipes provide or need. An unresolved one is a fault and gets a stand-in.
-
-    `whole` is false where recipes are missing, of which one may provide what nothing else does.
-    """
-    found = {
-        endpoint.name: Resolved(endpoint.name, "127.0.0.1", _port(recipe, endpoint), endpoint.socket, recipe.name, True)
-        for recipe in node.recipes
-        for endpoint in recipe.provides
-    }
-    for recipe in node.recipes:
-        for need in recipe.needs:
-            if need not in found:
-                found[need] = _remote(need, recipe, node, place, nodes, recipes, whole, faults)
-    return dict(sorted(found.items()))
-
-
-def _remote(
-    need: str,
-    recipe: Recipe,
-    node: Node,
-    place: Place,
-    nodes: Sequence[Node],
-    recipes: Mapping[str, Recipe],
-    whole: bool,
-    faults: Faults,
-) -> Resolved:
-    offers = [
-        (peer, provider, endpoint)
-        for peer in nodes
-        for provider in peer.recipes
-        for endpoint in provider.provides
-        if endpoint.name == need
-    ]
-    reachable = [offer for offer in offers if _exposed(offer[1], offer[2])]
-    who = f"the recipe {recipe.name!r} on the node {node.name!r} needs {need!r}"
-    if not offers and whole:
-        _unprovided(need, recipe, place, recipes, faults)
-    elif offers and not reachable:
-        peer, provider, _ = offers[0]
-        message = f"{who}, which the recipe {provider.name!r} gives to its own node {peer.name!r} only"
-        add_fault(faults, place, message, f"give its port exposure cluster, or place {provider.name} on {node.name}")
-    elif len(reachable) > 1:
-        where = ", ".join(f"{provider.name} on {peer.name}" for peer, provider, _ in reachable)
-        add_fault(faults, place, f"{who}, which several offer: {where}", f"place one of them on {node.name}")
-    elif reachable:
-        for unknown in (peer for peer in (reachable[0][0], node) if not peer.address):
-            message = f"{who} from the node {reachable[0][0].name!r}, but {unknown.name!r} has no fixed address"
-            add_fault(faults, place, message, f"give {unknown.name} an address")
-    if not reachable:
-        return Resolved(need, "127.0.0.1", 0, "", "", False)
-    peer, provider, endpoint = reachable[0]
-    return Resolved(need, peer.address, _port(provider, endpoint), "", provider.name, False)
-
-
-def _unprovided(need: str, recipe: Recipe, place: Place, recipes: Mapping[str, Recipe], faults: Faults) -> None:
-    """The fault of a need that no node fulfils."""
-    providers = sorted(other.name for other in recipes.values() for endpoint in other.provides if endpoint.name == need)
-    if providers:
-        message = f"the recipe {recipe.name!r} needs {need!r}, which no node of the layout provides"
-        add_fault(faults, place, message, f"place {' or '.join(providers)} on a node")
-    else:
-        names = {endpoint.name for other in recipes.values() for endpoint in other.provides}
-        message = f"the recipe {recipe.name!r} needs {need!r}, which no recipe provides"
-        add_fault(faults, recipe.places[f"needs.{need}"], message, nearest(need, names))
-
-
-def _port(recipe: Recipe, endpoint: Endpoint) -> int:
-    return next((port.number for port in recipe.ports if port.name == endpoint.port), 0)
-
-
-def _exposed(recipe: Recipe, endpoint: Endpoint) -> bool:
-    return any(port.name == endpoint.port and port.exposure != "local" for port in recipe.ports)
-
-
-def needed_recipes(recipe: Recipe, node: Node) -> tuple[str, ...]:
-    """The recipes on the same node that the recipe needs, directly or through others, sorted by name."""
-    by_name: dict[str, Recipe] = {other.name: other for other in node.recipes}
-    found: set[str] = set()
-    open_ends: list[Recipe] = [recipe]
-    while open_ends:
-        for name in _providers(open_ends.pop(), node):
-            if name not in found and name != recipe.name and name in by_name:
-                found.add(name)
-                open_ends.append(by_name[name])
-    return tuple(sorted(found))
-
-
-def _providers(recipe: Recipe, node: Node) -> Iterable[str]:
-    return (node.endpoints[need].provider for need in recipe.needs if node.endpoints[need].local)

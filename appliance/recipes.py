@@ -30,9 +30,8 @@ from appliance.model import (
     frozen_map,
 )
 from appliance.sources import ROOTS, find_sources
-from appliance.yamlfile import Fields, Value, add_fault, load_yaml, shown
+from appliance.yamlfile import NAME, Fields, Value, add_fault, load_yaml, shown
 
-NAME = r"[a-z][a-z0-9-]{0,30}"
 _USER = r"[a-z_][a-z0-9_-]{0,30}"
 _WORD = r"[a-z][a-z0-9_-]{0,62}"
 _PACKAGE = r"[a-z0-9][a-z0-9+.-]+"

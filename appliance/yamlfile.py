@@ -18,6 +18,7 @@ import yaml
 from appliance.errors import Faults, nearest
 from appliance.model import Place
 
+NAME = r"[a-z][a-z0-9-]{0,30}"  # of a recipe, a layout, a node
 MAX_DEPTH = 16
 _CONSTANTS = {"true": True, "false": False, "null": None, "~": None, "": None}
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")

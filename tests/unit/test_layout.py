@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from trees import ONE, STORE, TWO, WEB, add, edit, write_tree
 
 from appliance.describe import as_text, describe
+from appliance.endpoints import needed_recipes
 from appliance.errors import Faults
-from appliance.layout import layout_names, load_layout, needed_recipes, share_memory
+from appliance.layout import layout_names, load_layout, share_memory
 from appliance.model import Memory, Model, Place, Recipe, frozen_map
 from appliance.recipes import load_recipes
 
