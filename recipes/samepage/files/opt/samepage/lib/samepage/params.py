@@ -10,6 +10,7 @@ from typing import Annotated, Any, Protocol
 from .rpc import INVALID_PARAMS, RpcError
 
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # what PostgreSQL's UTF-8 text cannot hold
+_ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # in JSON text, where backslashes come in pairs
 _CONTROL = re.compile("[\x01-\x1f\x7f]")
 _CONTROL_BUT_LINES = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
@@ -83,12 +84,12 @@ class Small:
 
     def __call__(self, value: Any) -> Any:
         try:
-            text = json.dumps(value, allow_nan=False)
+            text = json.dumps(value, allow_nan=False, ensure_ascii=False)
         except ValueError:
             raise Invalid("must hold finite numbers only") from None
         if len(text) > self.most:
             raise Invalid(f"must take at most {self.most} bytes")
-        if "\\u0000" in text or re.search(r"\\ud[89a-f]", text):
+        if _UNSTORABLE.search(text) or _ESCAPED_NUL.search(text):
             raise Invalid("must not contain control characters or broken characters")
         return value
 

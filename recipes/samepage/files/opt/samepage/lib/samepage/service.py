@@ -27,8 +27,10 @@ def listen_unix(path: str, name: str) -> socket.socket:
     Everybody on the node may connect: the folder decides who reaches it.
     """
     kept = _kept(name)
-    if kept is not None and kept.getsockname() == path and Path(path).is_socket():
-        return kept
+    if kept is not None:
+        if kept.getsockname() == path and Path(path).is_socket():
+            return kept
+        kept.close()
     Path(path).unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
@@ -39,8 +41,10 @@ def listen_unix(path: str, name: str) -> socket.socket:
 def listen_tcp(port: int, name: str) -> socket.socket:
     """The same for a TCP port on all addresses; the node's firewall decides who reaches it."""
     kept = _kept(name)
-    if kept is not None and kept.getsockname()[1] == port:
-        return kept
+    if kept is not None:
+        if kept.getsockname()[1] == port:
+            return kept
+        kept.close()
     return _keep(socket.create_server(("", port)), name)
 
 
