@@ -222,7 +222,7 @@ def _build_tree(lock: Lock, model: Model, obtain: Obtain, core: Path, folder: Pa
             report,
             "--variant=custom",
             "--skip=update,cleanup/mmdebstrap",
-            '--setup-hook=tar -x --numeric-owner -C "$1" <&9',
+            '--setup-hook=tar -x --numeric-owner -C "$1" <&9 && mkdir -p "$1/dev"',
             f"--setup-hook={_UNPACK}",
             f"--customize-hook={_STAGE.format(stage='prepare')}",
             *(

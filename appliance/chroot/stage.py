@@ -33,6 +33,9 @@ DECOYS = (
     "etc/ssl/certs/ssl-cert-snakeoil.pem", "etc/ssl/private/ssl-cert-snakeoil.key",
 )  # fmt: skip
 
+# Answers for packages that would write this host's name into their configuration, which the recipe writes anyway.
+ANSWERS = "postfix postfix/main_mailer_type select No configuration\n"
+
 # Left by the tools that built the tree, or different in every build.
 LEFTOVERS = (
     "boot/*", "initrd.img*", "vmlinuz*", "etc/hostname", "etc/aliases.db", "etc/machine-id", "etc/.pwd.lock",
@@ -84,6 +87,7 @@ def prepare(root: Path, config: Config) -> list[str]:
         if not (root / name).exists():
             write(root / name, "")
     add_users(root, config["users"])
+    subprocess.run(["chroot", root, "debconf-set-selections"], input=ANSWERS.encode(), check=True)
     return []
 
 
