@@ -125,7 +125,7 @@ def command_line(request: Request, folder: Path, sockets: Path, *, accelerated: 
         words += [word for extra in before for word in ("-device", extra)]
         words += [
             "-drive", f"if=none,id=disk0,format=qcow2,discard=unmap,detect-zeroes=unmap,file={escape(folder / 'disk.qcow2')}",
-            "-device", f"{device},drive=disk0,bootindex=0",
+            "-device", f"{device},drive=disk0,bootindex=1",
         ]  # fmt: skip
     return words
 
