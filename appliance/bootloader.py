@@ -27,9 +27,8 @@ FOR_INSTALLS = (DISK_BOOT, DISK_CORE, DISK_ESP)
 ESP_SIZE = 64 << 20  # bytes; FAT32 needs at least 65525 clusters
 SECTOR = 512
 
-_COMMON = (
-    "normal configfile linux echo test sleep ls cat search search_fs_file serial terminal halt reboot true"
-).split()
+_COMMON = ["normal", "configfile", "linux", "echo", "test", "sleep", "ls", "cat", "search", "search_fs_file"]
+_COMMON += ["serial", "terminal", "halt", "reboot", "true"]
 _MEDIUM = [*_COMMON, "iso9660", "part_msdos", "part_gpt"]
 _DISK = [*_COMMON, "fat", "part_gpt", "btrfs", "regexp", "probe", "loadenv"]
 _BIOS = ["biosdisk"]
@@ -38,7 +37,8 @@ _EFI = ["efi_gop", "efi_uga", "all_video", "fat", "part_msdos", "part_gpt"]
 
 def build(tools: ToolBox, folder: Path, version: str, epoch: int) -> None:
     """Write the six boot files into `folder`. The medium's ones look for the medium of release `version`."""
-    early = f"search --no-floppy --file --set=root /samepage/releases/{version}/release.json\nset prefix=($root)/boot/grub\n"
+    record = f"/samepage/releases/{version}/release.json"
+    early = f"search --no-floppy --file --set=root {record}\nset prefix=($root)/boot/grub\n"
     with tempfile.TemporaryDirectory(prefix="samepage-grub-") as name:
         work = Path(name)
         (work / "early.cfg").write_text(early)
@@ -75,7 +75,8 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ApplianceError(
-            f"the tools root lacks {path.name}", hint="the lock's set 'tools' must name grub-pc-bin and grub-efi-amd64-bin"
+            f"the tools root lacks {path.name}",
+            hint="the lock's set 'tools' must name grub-pc-bin and grub-efi-amd64-bin",
         ) from error
 
 

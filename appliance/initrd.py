@@ -23,19 +23,19 @@ MODULES = "usr/lib/modules"
 
 # What init.sh uses of busybox; the kernel itself calls modprobe.
 APPLETS = (
-    "cat chmod chroot cp cttyhack findfs grep head hexdump mkdir modprobe mount mv reboot rmdir setsid sh sleep "
-    "switch_root sync umount"
-).split()  # noqa: SIM905 - a list of words
+    "cat", "chmod", "chroot", "cp", "cttyhack", "findfs", "grep", "head", "hexdump", "mkdir", "modprobe", "mount", "mv",
+    "reboot", "rmdir", "setsid", "sh", "sleep", "switch_root", "sync", "umount",
+)  # fmt: skip
 
 # What reaches the medium or the disk, and a keyboard for the installer, on QEMU, VirtualBox, VMware, Hyper-V and
 # common PC hardware. Dependencies follow from modules.dep and modules.softdep.
 WANTED_MODULES = (
-    "isofs squashfs erofs overlay btrfs vfat nls_ascii nls_cp437 nls_iso8859_1 nls_utf8 loop crc32c_intel "
-    "sd_mod sr_mod ata_piix ata_generic ahci nvme virtio_blk virtio_scsi virtio_pci "
-    "vmw_pvscsi mptspi mptsas buslogic sym53c8xx megaraid_sas hv_storvsc hv_vmbus "
-    "xhci_pci ehci_pci ohci_pci uhci_hcd usb_storage uas "
-    "hid_generic usbhid hyperv_keyboard hid_hyperv"
-).split()  # noqa: SIM905 - a list of words
+    "isofs", "squashfs", "erofs", "overlay", "btrfs", "vfat", "nls_ascii", "nls_cp437", "nls_iso8859_1", "nls_utf8",
+    "loop", "crc32c_intel", "sd_mod", "sr_mod", "ata_piix", "ata_generic", "ahci", "nvme", "virtio_pci", "virtio_blk",
+    "virtio_scsi", "vmw_pvscsi", "mptspi", "mptsas", "buslogic", "sym53c8xx", "megaraid_sas", "hv_vmbus", "hv_storvsc",
+    "xhci_pci", "ehci_pci", "ohci_pci", "uhci_hcd", "usb_storage", "uas",
+    "usbhid", "hid_generic", "hid_hyperv", "hyperv_keyboard",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

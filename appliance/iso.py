@@ -34,6 +34,7 @@ from appliance.node.release import dump_layers, parse
 BLOCK = 2048  # bytes, ISO 9660
 SECTOR = 512
 BUFFER = 1 << 20
+PADDING = 150 * BLOCK  # readers fetch ahead; a BIOS that is asked for blocks beyond the end may return stale ones
 ELTORITO_PATH = f"boot/{bootloader.ELTORITO}"
 EFI_PATH = f"boot/{bootloader.EFI_MEDIUM}"
 _BOOT_CATALOG = "boot/boot.cat"
@@ -85,9 +86,9 @@ def contents(release: Release, boot: Path, node: str = "") -> dict[str, Content]
 
 
 def write(release: Release, boot: Path, out: Path, *, node: str = "", progress: Progress | None = None) -> Artifact:
-    """Write the ISO of a release to `out`, with `<out>.sha256` and the manifest `<stem>.release.json` beside it.
+    """Write the ISO of a release to `out`, with `<out>.sha256` and the manifest `<stem>.manifest.json` beside it.
 
-    `boot` is the folder that bootloader.build filled; `node` says whose config layer to take where the layout has several
+    `boot` is the folder that bootloader.build filled; `node` says whose config layer to take where there are
     nodes. Raises ApplianceError when the image cannot be written or does not read back as it was meant.
     """
     files = contents(release, boot, node)
@@ -104,11 +105,12 @@ def write(release: Release, boot: Path, out: Path, *, node: str = "", progress: 
             digest = whole.result()
         temporary.chmod(0o644)
         size = temporary.stat().st_size
-        put_beside(out.with_name(f"{out.stem}.release.json"), release.manifest)
+        put_beside(out.with_name(f"{out.stem}.manifest.json"), release.manifest)
         put_beside(out.with_name(f"{out.name}.sha256"), f"{digest}  {out.name}\n".encode())
         temporary.replace(out)
     except (PyCdlibException, OSError) as error:
-        raise ApplianceError(f"the ISO cannot be written: {error}", hint=f"look at the free space for {out.parent}") from error
+        hint = f"look at the free space and the permissions of {out.parent}"
+        raise ApplianceError(f"the ISO cannot be written: {error}", hint=hint) from error
     finally:
         temporary.unlink(missing_ok=True)
     return Artifact(out, digest, size)
@@ -128,7 +130,7 @@ def put_beside(path: Path, content: bytes) -> None:
             os.fchmod(file.fileno(), 0o644)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -169,23 +171,30 @@ def master(
         iso.add_eltorito(names.iso[EFI_PATH], efi=True, platform_id=0xEF, boot_load_size=blocks)
         iso.force_consistency()
         _date(iso, epoch)
-        extents = {path: iso.get_record(iso_path=names.iso[path]).extent_location() for path in (ELTORITO_PATH, EFI_PATH)}
-        notify = (lambda done, total: progress.update(done, total, "bytes")) if progress else None
+        boot_files = (iso.get_record(iso_path=names.iso[path]) for path in (ELTORITO_PATH, EFI_PATH))
+        eltorito, efi = (record.extent_location() for record in boot_files)
+
+        def notify(done: int, total: int, _: Any) -> None:
+            if progress:
+                progress.update(done, total, "bytes")
+
         iso.write_fp(file, blocksize=BUFFER, progress_cb=notify)
     finally:
         iso.close()
         for stream in opened:
             stream.close()
-    image = patch_eltorito(files[ELTORITO_PATH].data, extents[ELTORITO_PATH])
+    image = patch_eltorito(files[ELTORITO_PATH].data, eltorito)
     files[ELTORITO_PATH] = Content(image)
     patches = {
-        0: hybrid_sector(hybrid, extents[ELTORITO_PATH], extents[EFI_PATH], blocks, hashlib.sha256(image).digest()[:4]),
+        0: hybrid_sector(hybrid, eltorito, efi, blocks, hashlib.sha256(image).digest()[:4]),
         16 * BLOCK + 830: _volume_date(epoch),  # modification date: pycdlib writes the present time
-        extents[ELTORITO_PATH] * BLOCK: image,
+        eltorito * BLOCK: image,
     }
     for offset, data in patches.items():
         file.seek(offset)
         file.write(data)
+    end = file.seek(0, os.SEEK_END) + PADDING
+    file.truncate(end - end % -BUFFER)
     file.flush()
     os.fsync(file.fileno())
 
@@ -223,18 +232,18 @@ def _date(iso: Any, epoch: int) -> None:
         date.parse(_volume_date(epoch))
         setattr(iso.pvd, name, date)
     moment = time.gmtime(epoch)
-    date = DirectoryRecordDate.from_fields(
+    stamp = DirectoryRecordDate.from_fields(
         moment.tm_year - 1900, moment.tm_mon, moment.tm_mday, moment.tm_hour, moment.tm_min, moment.tm_sec, 0
     )
     for record in _records(iso.pvd.root_directory_record()):
-        record.date = date
+        record.date = stamp
         if record.rock_ridge is None:
             continue
         for place in (record.rock_ridge.dr_entries, record.rock_ridge.ce_entries):
             stamps = place.tf_record if place is not None else None
             for name in stamps.__slots__ if stamps is not None else ():
                 if name.endswith("_time") and getattr(stamps, name) is not None:
-                    setattr(stamps, name, date)
+                    setattr(stamps, name, stamp)
 
 
 def _records(folder: Any) -> Iterator[Any]:
@@ -247,8 +256,10 @@ def _records(folder: Any) -> Iterator[Any]:
 
 
 def patch_eltorito(image: bytes, extent: int) -> bytes:
-    """The CD boot image as it must stand at block `extent` (of 2048 bytes): with its boot information table, and with the
-    place of the core image's second sector, for the hybrid boot sector, at 0x9f4."""
+    """The CD boot image as it must stand at block `extent` (of 2048 bytes).
+
+    It gets its boot information table and, at 0x9f4 for the hybrid boot sector, the place of the core image's rest.
+    """
     patched = bytearray(image)
     struct.pack_into("<Q", patched, 0x9F4, extent * (BLOCK // SECTOR) + 5)
     words = bytes(patched[64:]) + bytes(-len(patched) % 4)
@@ -302,7 +313,8 @@ def read_back(image: Path, progress: Progress | None = None) -> dict[str, str]:
 def check(image: Path, files: Mapping[str, Content], progress: Progress | None = None) -> None:
     """Open a written image again and compare every file with what was meant. Raises ApplianceError naming the files."""
     found = read_back(image, progress)
-    wrong = sorted(path for path in found.keys() | files.keys() if path not in files or found.get(path) != files[path].sha256())
+    meant = {path: content.sha256() for path, content in files.items()}
+    wrong = sorted(path for path in found.keys() | meant.keys() if found.get(path) != meant.get(path))
     if wrong:
         raise ApplianceError(
             f"the written image does not read back as meant: {', '.join(wrong)}",

@@ -39,7 +39,8 @@ def make(model: Model, lock: Lock, layers: Iterable[Layer], kernel: Kernel, pack
     try:
         parse(content)
     except ReleaseError as error:
-        raise ApplianceError(f"no release can be made of this: {error}", hint="correct the version or the layout") from error
+        hint = "correct the version or the layout"
+        raise ApplianceError(f"no release can be made of this: {error}", hint=hint) from error
     return Release(
         version=model.version, layout=model.name, architecture=ARCHITECTURE, epoch=lock.epoch, schema_level=level,
         layers=ordered, kernel=kernel, packages=installed, manifest=content,

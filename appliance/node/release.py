@@ -1,7 +1,7 @@
-"""The record of a release: the manifest `release.json`, the `layers` file and GRUB's boot record. Part of the node's code.
+"""The record of a release: the manifest `release.json`, the `layers` file and GRUB's boot record.
 
-The manifest is canonical JSON (sorted keys, two spaces, one line end) without the time or place of its build, so the same
-release has the same bytes everywhere:
+The manifest is canonical JSON (sorted keys, two spaces, one line end) without the time or place of its build, so the
+same release has the same bytes everywhere:
 
     {"format": 1, "version": "1.2.0", "layout": "private-cloud", "architecture": "amd64", "epoch": 1763800000,
      "schema_level": 3,
@@ -82,7 +82,8 @@ class Manifest:
             found = [item for item in self.layers if item.kind == kind and (not node or item.node in ("", node))]
             if len(found) != 1:
                 what = "no" if not found else "more than one"
-                raise ReleaseError(f"release {self.version} has {what} {kind} layer" + (f" for node {node}" if node else ""))
+                where = f" for node {node}" if node else ""
+                raise ReleaseError(f"release {self.version} has {what} {kind} layer{where}")
             chosen.append(found[0])
         return tuple(chosen)
 
@@ -110,7 +111,8 @@ def dump(manifest: Manifest) -> bytes:
             },
         },
         "packages": [
-            {"name": item.name, "version": item.version, "architecture": item.architecture} for item in manifest.packages
+            {"name": item.name, "version": item.version, "architecture": item.architecture}
+            for item in manifest.packages
         ],
     }
     return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=True) + "\n").encode()
@@ -140,10 +142,11 @@ def parse(content: bytes) -> Manifest:
         layers=layers,
         kernel=KernelRecord(
             kernel.word("id"), kernel.word("version"), kernel.text("cmdline", _CMDLINE),
-            *(File(files.child(name).digest("digest"), files.child(name).number("size")) for name in ("vmlinuz", "initrd")),
+            *(File(file.digest("digest"), file.number("size")) for file in map(files.child, ("vmlinuz", "initrd"))),
         ),
         packages=tuple(
-            PackageRecord(item.text("name"), item.text("version"), item.text("architecture")) for item in top.items("packages")
+            PackageRecord(item.text("name"), item.text("version"), item.text("architecture"))
+            for item in top.items("packages")
         ),
     )  # fmt: skip
     if not {"base", "app", "config"} <= {item.kind for item in layers}:
