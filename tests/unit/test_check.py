@@ -34,7 +34,7 @@ def test_faults_name_files_of_the_project_only(project: Path) -> None:
     assert list(caught.value.faults) == sorted(caught.value.faults)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.sampled_from(sorted(VALID)), st.data())
 def test_no_damage_makes_it_fall_over(tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject) -> None:
     project = write_tree(tmp_path_factory.getbasetemp() / "damaged", VALID)
