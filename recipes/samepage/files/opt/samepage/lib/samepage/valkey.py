@@ -67,14 +67,14 @@ class Valkey:
         backoff = importlib.import_module("redis.backoff")
         retry = importlib.import_module("redis.asyncio.retry")
         errors = importlib.import_module("redis.exceptions")
-        lost = (errors.ConnectionError, errors.TimeoutError, errors.BusyLoadingError)
+        lost = (errors.ConnectionError, errors.TimeoutError, errors.BusyLoadingError, OSError)
         self._failures = (errors.RedisError, OSError)
         options = {
             "decode_responses": True,
             "socket_timeout": 5,
             "socket_connect_timeout": 5,
             # Long enough for a restart of the server.
-            "retry": retry.Retry(backoff.ExponentialBackoff(cap=1.0, base=0.1), 6, supported_errors=lost),
+            "retry": retry.Retry(backoff.ExponentialBackoff(cap=1.0, base=0.1), 8, supported_errors=lost),
             "retry_on_error": list(lost),
         }
         if self._settings.valkey_socket:

@@ -172,7 +172,7 @@ def main() -> None:
     try:
         worker = Worker(Settings.load())
         signal.signal(signal.SIGTERM, worker.stop)
-        service.notify("READY=1", "STATUS=Waiting for the database's schema")
+        service.notify("STATUS=Waiting for the database's schema")
         worker.run()
     except (ConfigError, SchemaError) as error:
         _log.error("%s", error)
