@@ -110,8 +110,8 @@ class Apt:
         return run([program, *self.options, *arguments], env=env, hint=hint).stdout.decode()
 
     def release_files(self) -> list[str]:
-        """Texts of the signed release files that `update` fetched."""
-        return [file.read_text() for file in sorted((self.folder / "lists").glob("*InRelease"))]
+        """Texts of the release files that `update` fetched, whose signatures apt has checked."""
+        return [file.read_text() for file in sorted((self.folder / "lists").glob("*Release"))]
 
 
 @contextmanager

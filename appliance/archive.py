@@ -21,6 +21,7 @@ from appliance.run import run
 
 HELPER = "/usr/lib/apt/apt-helper"
 SNAPSHOT_VARIABLE = "SAMEPAGE_SNAPSHOT"
+RETRIES = 3  # with growing pauses
 
 
 class VanishedError(LockError):
@@ -96,7 +97,7 @@ def _download(packages: list[Package], mirrors: Mirrors, cache: Path, progress: 
     with TemporaryDirectory(dir=cache, prefix="fetch-") as name:
         folder = Path(name)
         words = [word for uri, package in uris.items() for word in (uri, str(folder / package.sha256), _hash(package))]
-        argv = [HELPER, "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3", "download-file", *words]
+        argv = [HELPER, "-o", "APT::Sandbox::User=root", "-o", f"Acquire::Retries={RETRIES}", "download-file", *words]
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(run, argv, check=False, env={**os.environ, "LC_ALL": "C.UTF-8"})
             while not running.done():
