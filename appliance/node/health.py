@@ -19,7 +19,7 @@ HEALTH_FOLDER = "/etc/samepage/health.d"
 HEALTH_FILE = "/run/samepage/health.json"
 SELF_UNIT = "samepage-health.service"
 JOURNAL_LINES = 30
-STATES_EVERY = 3.0  # seconds between questions to systemd while connections are still refused
+DEAR_EVERY = 3.0  # seconds between runs of programs while connections are still refused
 USAGE = """usage: samepage-health [--json] [--wait SECONDS] [--boot] [RECIPE...]
 
 Runs the node's health probes, or those of the recipes named.
@@ -147,29 +147,33 @@ def examine(recipes: Mapping[str, Sequence[Probe]], *, system: bool = True) -> H
 def settle(probes: Sequence[Probe], deadline: float) -> bool:
     """Wait until every probe has succeeded once, a unit has failed or the time is over; true for the first of these.
 
-    What has succeeded is not asked again, and systemd only now and then: a starting node has better things to do.
+    What has succeeded is not asked again, and what needs a program is asked less often while mere connections are still
+    refused: a starting node has better things to do.
     """
-    units = [probe for probe in probes if probe.kind == "unit"]
-    others = [probe for probe in probes if probe.kind != "unit"]
-    pause, ask_at = 0.25, 0.0
+    dear = [probe for probe in probes if probe.kind in ("unit", "command")]
+    cheap = [probe for probe in probes if probe not in dear]
+    pause, dear_at = 0.25, 0.0
     while True:
-        outcomes = zip(others, run_probes(others, {}), strict=True)
-        others = [probe for probe, outcome in outcomes if not outcome.ok]
-        if not others or time.monotonic() >= ask_at:
+        cheap = unsuccessful(cheap, {})
+        if not cheap or time.monotonic() >= dear_at:
             states: Mapping[str, tuple[str, str]] = {}
             with contextlib.suppress(OSError):  # asked again, and told by the examination that follows
                 states = unit_states()
             if failed_units(states):
                 return False
-            units = [probe for probe, outcome in zip(units, run_probes(units, states), strict=True) if not outcome.ok]
-            ask_at = time.monotonic() + STATES_EVERY
-        if not others and not units:
+            dear = unsuccessful(dear, states)
+            dear_at = time.monotonic() + DEAR_EVERY
+        if not cheap and not dear:
             return True
         left = deadline - time.monotonic()
         if left <= 0:
             return False
         time.sleep(min(pause, left))
         pause = min(pause * 1.2, 1.0)
+
+
+def unsuccessful(probes: Sequence[Probe], states: Mapping[str, tuple[str, str]]) -> list[Probe]:
+    return [probe for probe, outcome in zip(probes, run_probes(probes, states), strict=True) if not outcome.ok]
 
 
 def wait_healthy(
