@@ -267,3 +267,41 @@ def running(session: Session, name: str) -> tuple[base.Target, base.Instance]:
             f"the node {name!r} does not run any more", hint=f"remove it with: ./build.py down --name {name}"
         )
     return target, instance
+
+
+@verb("verify", "verify nginx postgresql", "verify --host ssh://root@10.0.0.5 -k certificate")
+@name_option
+@click.option("--host", help="Verify this host instead, in testinfra's notation, e.g. ssh://root@10.0.0.5.")
+@click.option("-k", "keyword", default="", help="Only checks whose name matches, in pytest's notation.")
+@click.option("--output-dir", type=click.Path(file_okay=False, path_type=Path), help="Folder of the reports; dist/verify by default.")
+@click.option("--timeout", type=click.FloatRange(1), default=180.0, show_default=True, help="Seconds until the node must be healthy.")
+@click.option("--check-timeout", type=click.FloatRange(1), default=60.0, show_default=True, help="Seconds each check may take.")
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+@click.argument("recipes", nargs=-1)
+@pass_session
+def verify(
+    session: Session, name: str, host: str | None, keyword: str, output_dir: Path | None, timeout: float, check_timeout: float,
+    as_json: bool, recipes: tuple[str, ...],
+) -> int:  # fmt: skip
+    """Run the recipes' checks on a node and write the reports; exit status 1 when one is red."""
+    from appliance.verify import VerifyRequest
+    from appliance.verify import verify as run_checks
+
+    options: tuple[str, ...] = ()
+    steps = None
+    if host is None:
+        target, instance = running(session, name)
+        host, options = target.connection(instance)
+        steps = instance.folder / "steps.json"
+    done = run_checks(
+        VerifyRequest(
+            project=session.project, host=host, options=options, steps=steps, output=output_dir or session.project / "dist" / "verify",
+            recipes=recipes, keyword=keyword, health_deadline=timeout, check_deadline=check_timeout, quiet=as_json,
+        ),
+        session.console,
+    )  # fmt: skip
+    if as_json:
+        session.console.result_json(done.summary())
+    else:
+        session.console.note(f"report: {done.page}")
+    return 0 if done.ok else 1
