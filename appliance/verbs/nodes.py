@@ -156,7 +156,7 @@ def show(session: Session, target: base.Target, instance: base.Instance, health:
     option = "" if instance.name == DEFAULT_NAME else f" --name {instance.name}"
     session.console.result(f"  log in   ./build.py ssh{option}")
     if login:
-        session.console.result(f"  sign in  {login.get('login')} with the one-time password {login.get('password')}")
+        session.console.result(f"  sign in  {login.get('user')} with the one-time password {login.get('password')}")
     session.console.result(f"  end it   ./build.py down{option}")
 
 
