@@ -19,7 +19,7 @@ HEALTH_FOLDER = "/etc/samepage/health.d"
 HEALTH_FILE = "/run/samepage/health.json"
 SELF_UNIT = "samepage-health.service"
 JOURNAL_LINES = 30
-DEAR_EVERY = 3.0  # seconds between runs of programs while connections are still refused
+DEAR_AFTER = 5.0  # seconds before programs are run while connections are still refused; then ever less often
 USAGE = """usage: samepage-health [--json] [--wait SECONDS] [--boot] [RECIPE...]
 
 Runs the node's health probes, or those of the recipes named.
@@ -152,7 +152,8 @@ def settle(probes: Sequence[Probe], deadline: float) -> bool:
     """
     dear = [probe for probe in probes if probe.kind in ("unit", "command")]
     cheap = [probe for probe in probes if probe not in dear]
-    pause, dear_at = 0.25, 0.0
+    pause, dear_pause = 0.25, DEAR_AFTER
+    dear_at = time.monotonic() + dear_pause
     while True:
         cheap = unsuccessful(cheap, {})
         if not cheap or time.monotonic() >= dear_at:
@@ -162,7 +163,8 @@ def settle(probes: Sequence[Probe], deadline: float) -> bool:
             if failed_units(states):
                 return False
             dear = unsuccessful(dear, states)
-            dear_at = time.monotonic() + DEAR_EVERY
+            dear_pause = min(dear_pause * 1.5, 3 * DEAR_AFTER)
+            dear_at = time.monotonic() + dear_pause
         if not cheap and not dear:
             return True
         left = deadline - time.monotonic()
