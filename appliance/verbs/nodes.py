@@ -99,18 +99,17 @@ def make_request(
 
     options = pipeline.Options(project=session.project, layout=session.layout)
     kind = "disk" if image and image.suffix in (".raw", ".qcow2", ".img") else "install" if installed else "iso"
-    layers: dict[str, str] = {}
     if target_name == "docker":
-        kind, built = "layers", pipeline.build_layers(options, session.console)
+        kind = "layers"
+        built, image = pipeline.build_container(options, session.console)
         memory = memory or built.model.nodes[0].memory
-        layers = {layer.kind: str(layer.image) for layer in built.layers}
     elif image is None:
         result = pipeline.build_iso(options, session.console)
         image = result.artifact.path
         memory = memory or result.model.nodes[0].memory
     return base.Request(
         name=name, image=image or Path(), kind=kind, memory=memory or 2048, firmware=firmware,  # type: ignore[arg-type]
-        credentials=credentials, deadline=timeout, hardware=layers,
+        credentials=credentials, deadline=timeout,
     )  # fmt: skip
 
 
