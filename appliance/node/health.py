@@ -17,6 +17,7 @@ from appliance.node.probes import Outcome, Probe, ProbeError, output_of, run_pro
 
 HEALTH_FOLDER = "/etc/samepage/health.d"
 HEALTH_FILE = "/run/samepage/health.json"
+NODE_FILE = "/etc/samepage/node.json"
 SELF_UNIT = "samepage-health.service"
 JOURNAL_LINES = 30
 DEAR_AFTER = 5.0  # seconds before programs are run while connections are still refused; then ever less often
@@ -195,7 +196,21 @@ def wait_healthy(
         time.sleep(0.25)
 
 
-def journal_of(units: Iterable[str], limit: int = 5) -> dict[str, list[str]]:
+def units_to_blame(health: Health, file: str = NODE_FILE) -> list[str]:
+    """Units whose journal may say why the node is not healthy: the bad ones, then all of each unhealthy recipe."""
+    try:
+        with open(file, encoding="utf-8") as stream:
+            known = json.load(stream)["units"].items()
+        units = [
+            name for name, unit in known
+            if "@" not in name and any(not outcome.ok for outcome in health.recipes.get(unit["recipe"], ()))
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        units = []  # the node's own description is what is broken
+    return list(dict.fromkeys([*health.bad_units, *units]))
+
+
+def journal_of(units: Iterable[str], limit: int = 6) -> dict[str, list[str]]:
     """The last journal lines of this boot of up to `limit` units, or in their place why they cannot be had."""
     lines: dict[str, list[str]] = {}
     for unit in list(units)[:limit]:
@@ -291,7 +306,13 @@ def chosen(recipes: dict[str, list[Probe]], names: Sequence[str]) -> dict[str, l
     return {name: recipes[name] for name in names} if names else recipes
 
 
-def main(words: Sequence[str] | None = None, *, folder: str = HEALTH_FOLDER, file: str = HEALTH_FILE) -> int:
+def main(
+    words: Sequence[str] | None = None,
+    *,
+    folder: str = HEALTH_FOLDER,
+    file: str = HEALTH_FILE,
+    node_file: str = NODE_FILE,
+) -> int:
     """The program; `words` default to the process's arguments. Returns the exit status."""
     try:
         arguments = Arguments(sys.argv[1:] if words is None else words)
@@ -304,7 +325,7 @@ def main(words: Sequence[str] | None = None, *, folder: str = HEALTH_FOLDER, fil
         return 64
     health, settled = wait_healthy(recipes, arguments.wait, system=not arguments.recipes)
     boot_seconds = round(settled, 2) if settled and arguments.boot and health.healthy else None
-    journal = {} if health.healthy else journal_of(health.bad_units)
+    journal = {} if health.healthy else journal_of(units_to_blame(health, node_file))
     result = {**health.as_json(boot_seconds), "journal": journal}
     if arguments.boot:
         write_json(file, {name: value for name, value in result.items() if name != "journal"})
