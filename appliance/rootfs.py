@@ -245,6 +245,15 @@ _INSTALL = (
 )
 
 
+# The shell ends everything in its session when the builder does, even by SIGKILL.
+_GUARD = """\
+umask 022
+trap 'kill -KILL 0' TERM
+"$@" 8<"$SAMEPAGE_PACKAGES" 9<"$SAMEPAGE_CORE" >"$SAMEPAGE_OUT" &
+wait "$!"
+"""
+
+
 def _mmdebstrap(lock: Lock, work: Path, out: Path, core: Path | None, report: Report, *arguments: str) -> None:
     # root's mmdebstrap mounts into the host's namespace and outlives its parent: it gets namespaces that die with us
     root = os.geteuid() == 0
@@ -274,7 +283,6 @@ def _mmdebstrap(lock: Lock, work: Path, out: Path, core: Path | None, report: Re
         "SAMEPAGE_CORE": str(core or os.devnull),
         "SAMEPAGE_OUT": str(out),
     }
-    script = 'umask 022; exec setpriv --pdeathsig KILL "$@" 8<"$SAMEPAGE_PACKAGES" 9<"$SAMEPAGE_CORE" >"$SAMEPAGE_OUT"'
     lines: list[str] = []
     configured = 0
 
@@ -285,7 +293,13 @@ def _mmdebstrap(lock: Lock, work: Path, out: Path, core: Path | None, report: Re
             configured += 1
             report(configured)
 
-    status = stream(["sh", "-c", script, "sh", *argv], env=env, cwd=work, check=False, on_line=on_line)
+    status = stream(
+        ["setpriv", "--pdeathsig", "TERM", "sh", "-c", _GUARD, "sh", *argv],
+        env=env,
+        cwd=work,
+        check=False,
+        on_line=on_line,
+    )
     if status != 0:
         _explain("\n".join(lines), status, lock.suite)
 

@@ -63,12 +63,8 @@ def _available_memory() -> int:
 
 
 def _remove_tree(folder: Path) -> None:
-    """Remove a work folder; what the namespace's users own needs the namespace."""
-    try:
-        remove(folder)
-    except PermissionError:
-        run(
-            ["mmdebstrap", "--unshare-helper", "rm", "-rf", "--one-file-system", *sorted(folder.glob("mmdebstrap.*"))],
-            check=False,
-        )
-        remove(folder)
+    """Remove a work folder; what the namespace's users own is emptied in the namespace."""
+    for tree in folder.glob("mmdebstrap.*"):
+        if tree.stat().st_uid != os.geteuid():
+            run(["mmdebstrap", "--unshare-helper", "find", tree, "-mindepth", "1", "-xdev", "-delete"], check=False)
+    remove(folder)
