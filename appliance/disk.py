@@ -90,7 +90,7 @@ def _state(work: Path, size: int, release: Release, node: str, tools: ToolBox) -
     (record / "release.json").write_bytes(release.manifest)
     (record / "layers").write_bytes(dump_layers(records))
     (tree / paths.SELECTED).write_bytes(boot_record(manifest, 1))
-    (tree / paths.IDENTITY).chmod(0o700)
+    (tree / paths.IDENTITY).chmod(0o711)  # services pass through to folders of their own
 
     image = work / "state.btrfs"
     with image.open("xb") as file:

@@ -177,7 +177,7 @@ def _fill(source: Source, root: Path, say: Callable[[str], None]) -> None:
     for name in (paths.LAYERS, f"{paths.KERNELS}/{source.manifest.kernel.id}", record, paths.BOOT, paths.DATA):
         (root / name).mkdir(parents=True)
     (root / paths.IDENTITY / "etc").mkdir(parents=True)
-    (root / paths.IDENTITY).chmod(0o700)
+    (root / paths.IDENTITY).chmod(0o711)  # services pass through to folders of their own
     command("btrfs", "subvolume", "create", str(root / paths.DATA / "1"))
     total, done, shown = source.size, 0, 0
 
