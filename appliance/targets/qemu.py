@@ -312,7 +312,7 @@ def kernel_of_iso(iso: Path, folder: Path) -> tuple[Path, Path, str]:
         names = [
             entry.rock_ridge.name().decode() for entry in image.list_children(rr_path=releases) if entry.rock_ridge
         ]
-        version = next(name for name in names if name)
+        version = next(name for name in names if name not in (".", ".."))
         record = io.BytesIO()
         image.get_file_from_iso_fp(record, rr_path=f"{releases}/{version}/release.json")
         kernel = parse(record.getvalue()).kernel
