@@ -201,6 +201,20 @@ def test_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome("unit", "alias.service") == (True, "active (exited)")
 
 
+@pytest.mark.parametrize(
+    ("answer", "ok"),
+    [
+        ("ConditionResult=no\nConditionTimestampMonotonic=81234\n", True),  # asked for, and left out
+        ("ConditionResult=no\nConditionTimestampMonotonic=0\n", False),  # never asked for
+        ("ConditionResult=yes\nConditionTimestampMonotonic=81234\n", False),  # ran, and stopped
+    ],
+)
+def test_unit_left_out_by_its_own_conditions(monkeypatch: pytest.MonkeyPatch, answer: str, ok: bool) -> None:
+    monkeypatch.setattr(probes, "output_of", lambda _argv: answer)
+    found = run_probe(probe("unit", "clock.service"), {"clock.service": ("inactive", "dead")})
+    assert (found.ok, found.fatal) == (ok, False)
+
+
 def test_list_of_units() -> None:
     listing = "\N{BLACK CIRCLE} bad.service loaded failed failed Some thing\n"
     listing += "  up.service loaded active running Words here\nx\n\n"
