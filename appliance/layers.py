@@ -106,6 +106,7 @@ def _layer(
     def make_image(folder: Path) -> None:
         image = folder / "image"
         build(image)
+        image.chmod(0o644)  # the squashfs holds it with its mode
         image.rename(folder / f"{kind}-{_sha256(image)}.erofs")
 
     image = next(store.step(kind, inputs, make_image).iterdir())

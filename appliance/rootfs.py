@@ -349,7 +349,7 @@ def _pack_repository(
     with ThreadPoolExecutor() as pool:
         index = "\n".join(pool.map(stanza, packages))
     release = f"Suite: {lock.suite}\nCodename: {lock.suite}\n"
-    texts = {"Packages": index, "Release": release, "config.json": json.dumps(config)}
+    texts = {"Packages": index, "Release": release, "config.json": json.dumps({**config, "epoch": lock.epoch})}
     scripts = {file.name: file for file in SCRIPTS.iterdir() if file.is_file()}
     with tarfile.open(out, "w", format=tarfile.GNU_FORMAT) as tar:
         for package in packages:
