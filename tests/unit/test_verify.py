@@ -164,6 +164,19 @@ def test_a_check_may_set_its_own_deadline(project: Project) -> None:
     assert project.verify(check_deadline=1.0).ok
 
 
+@pytest.mark.parametrize(("container_file", "expected"), [("/", "skipped"), ("/nowhere", "failed")])
+def test_checks_of_a_machine_are_left_out_in_a_container(
+    project: Project, monkeypatch: pytest.MonkeyPatch, container_file: str, expected: str
+) -> None:
+    text = "import pytest\n@pytest.mark.machine\ndef test_disk(host):\n    assert False\n"
+    project.check("beta", text, "test_disk.py")
+    monkeypatch.setenv("PYTHONPATH", str(project.folder))
+    (project.folder / "sitecustomize.py").write_text(
+        f"import appliance.verification.gate\nappliance.verification.gate.CONTAINER_FILE = {container_file!r}\n"
+    )
+    assert outcomes(project.verify()) == {**GREEN, "beta.test_disk": expected}
+
+
 def test_filters(project: Project) -> None:
     assert set(outcomes(project.verify(recipes=("beta",)))) == {"beta.test_own", "beta.test_with_alpha"}
     assert set(outcomes(project.verify(keyword="numbers"))) == {"alpha.test_numbers[1]", "alpha.test_numbers[2]"}
@@ -241,7 +254,7 @@ def test_the_gate_keeps_trying_while_the_node_starts() -> None:
     class Starting:
         def run(self, command: str, *args: str) -> Answer:
             if args:
-                assert command == "cat %s"
+                assert command in ("cat %s", "test -e %s")
                 return Answer(0, '{"name": "n", "version": "7"}')
             answer = answers.pop(0)
             if isinstance(answer, Exception):
@@ -251,6 +264,7 @@ def test_the_gate_keeps_trying_while_the_node_starts() -> None:
     gate = pass_gate(Starting(), 20, pause=0.01)
     assert gate.ok
     assert gate.release == "7"
+    assert gate.container
     assert answers == []
 
 
