@@ -24,6 +24,7 @@ import os, socket
 names = os.environ["LISTEN_FDNAMES"].split(":")
 assert os.environ["LISTEN_PID"] == str(os.getpid())
 for index, name in enumerate(names):
+    assert not os.get_blocking(3 + index)  # nginx would hang in accept()
     print(name, 3 + index, socket.socket(fileno=3 + index).getsockname())
 print("variable", os.environ.get("TEST", ""))
 """
