@@ -8,7 +8,7 @@ section() { printf '\n=== %s\n' "$1"; }
 section mounts;    cat /proc/self/mounts
 section listening; ss -Hlntu
 section failed;    systemctl --failed --no-legend --plain
-section timers;    systemctl list-timers --all --no-legend --plain
+section timers;    systemctl list-timers --no-legend --plain
 section cycles;    journalctl -b --quiet -o cat _PID=1 --grep 'ordering cycle' || true
 section sshd;      sshd -T
 section firewall;  nft list ruleset
@@ -37,6 +37,7 @@ def mounts(seen):
     return {fields[1]: (fields[2], fields[3].split(",")) for fields in map(str.split, seen["mounts"])}
 
 
+@pytest.mark.machine
 def test_root_is_read_only(host, mounts):
     """The root is the release's image, read-only"""
     kind, options = mounts["/"]
@@ -45,6 +46,7 @@ def test_root_is_read_only(host, mounts):
     assert host.run("touch /usr/samepage-check").rc != 0
 
 
+@pytest.mark.machine
 def test_etc_is_read_only(host, mounts):
     """/etc is an overlay of the layers, read-only"""
     kind, options = mounts["/etc"]
@@ -53,6 +55,7 @@ def test_etc_is_read_only(host, mounts):
     assert host.run("touch /etc/samepage-check").rc != 0
 
 
+@pytest.mark.machine
 def test_product_is_read_only(mounts):
     """/opt/samepage is the app layer, read-only"""
     kind, options = mounts["/opt/samepage"]
@@ -67,6 +70,7 @@ def test_temporary_files(mounts):
     assert {"nosuid", "nodev"} <= set(options)
 
 
+@pytest.mark.machine
 def test_state_is_writable(mounts):
     """/var and /state can be written to"""
     for place in ("/var", "/state"):
@@ -152,6 +156,7 @@ def test_root_has_no_password(host):
     assert host.check_output("getent shadow root").split(":")[1] in ("*", "!*", "!")
 
 
+@pytest.mark.machine
 def test_machine_id(host):
     """The machine has an identity of its own, kept with its keys"""
     machine = host.file("/etc/machine-id").content_string.strip()
@@ -166,12 +171,14 @@ def test_network(host, seen):
     assert "KeepConfiguration=yes" in host.file("/etc/systemd/network/20-ethernet.network").content_string
 
 
+@pytest.mark.machine
 def test_names(host):
     """Names are resolved by systemd-resolved"""
     assert host.file("/etc/resolv.conf").linked_to.startswith("/run/systemd/resolve/")
     assert host.check_output("getent hosts localhost")
 
 
+@pytest.mark.machine
 def test_time(host):
     """The clock is set from the network and not before the release was made"""
     assert host.service("systemd-timesyncd.service").is_running
@@ -185,6 +192,7 @@ def test_journal(seen):
     assert int(seen["journal"][-1].split()[0]) <= 72
 
 
+@pytest.mark.machine
 def test_memory(seen):
     """The idle node uses at most 300 MB, besides what a live system keeps in memory as files"""
     values = {line.split(":")[0]: int(line.split()[1]) for line in seen["memory"]}

@@ -54,6 +54,7 @@ def test_survives_a_restart(host):
         host.run(f"{CLI} del samepage-check")
 
 
+@pytest.mark.machine
 def test_memory_can_be_promised(host):
     """The kernel lets it fork to rewrite its log"""
     assert host.sysctl("vm.overcommit_memory") == 1
