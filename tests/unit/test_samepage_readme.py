@@ -18,7 +18,7 @@ def parameters(text: str) -> list[str]:
 
 
 def test_every_method_is_described_with_its_parameters() -> None:
-    methods = {}
+    methods: dict[str, str] = {}
     for file in (SOURCES / "methods").glob("*.py"):
         found = re.findall(r'@method\("([\w.]+)"[^\n]*\)\n(?:async )?def \w+\(([^\n]*)\) -> Any:', file.read_text())
         methods |= {name: ", ".join(parameters(signature)) for name, signature in found}
