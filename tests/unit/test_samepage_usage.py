@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import pytest
 from samepage.usage import Metered, Usage, current, in_thread
 
-
 T = TypeVar("T")
 
 
