@@ -203,7 +203,7 @@ def relock(options: Options, model: Model, console: Console) -> Lock:
         old = None
     with console.stage("lock", "resolving the recipes' packages"):
         mirrors = find_mirrors(locking.SUITE, mirror=options.mirror, security=options.security_mirror)
-        lock = locking.resolve(locking.wanted(model), mirrors)
+        lock = locking.resolve(locking.wanted(model), mirrors, cache=options.cache)
     moved = locking.moves(old, lock)
     if old is not None:
         for move in moved:
