@@ -68,7 +68,10 @@ class Machine:
         end = time.monotonic() + deadline
         QEMU.hang_up(self.instance)
         while time.monotonic() < end:
-            if QEMU.reachable(self.instance) and self.ssh("cat /proc/sys/kernel/random/boot_id", check=False) not in (before, ""):
+            if QEMU.reachable(self.instance) and self.ssh("cat /proc/sys/kernel/random/boot_id", check=False) not in (
+                before,
+                "",
+            ):
                 self.wait_healthy(end - time.monotonic())
                 return
             QEMU.hang_up(self.instance)
@@ -84,7 +87,7 @@ class Machines:
         self.numbers = itertools.count(1)
 
     def start(self, image: Path, *, wait: bool = True, **settings: Any) -> Machine:
-        """A machine from an image; `settings` are those of targets.base.Request. Healthy already unless `wait` is false."""
+        """A machine from an image; `settings` are those of targets.base.Request. Healthy unless `wait` is false."""
         settings.setdefault("deadline", DEADLINE)
         if "hardware" in settings:
             settings["hardware"] = frozen_map(settings["hardware"])

@@ -96,13 +96,14 @@ def escape(path: Path) -> str:
 def command_line(request: Request, folder: Path, sockets: Path, *, accelerated: bool) -> list[str]:
     """QEMU's whole command line, without credentials and direct kernel."""
     nic = request.hardware.get("nic", "virtio-net-pci")
+    console, disk = escape(folder / "console.log"), escape(folder / "disk.qcow2")
     forwards = ",".join(f"hostfwd=tcp:127.0.0.1:0-:{port}" for port in GUEST_PORTS)
     words = [
         PROGRAM, "-name", request.name, "-nodefaults", "-no-user-config", "-machine", "q35,usb=off",
         *(["-accel", "kvm", "-cpu", "host"] if accelerated else ["-accel", "tcg,thread=multi", "-cpu", "max"]),
         "-smp", str(min(2, os.cpu_count() or 1)), "-m", str(request.memory),
         "-display", "none", "-vga", "std",
-        "-chardev", f"socket,id=serial0,path={escape(sockets / 'serial')},server=on,wait=off,logfile={escape(folder / 'console.log')}",
+        "-chardev", f"socket,id=serial0,path={escape(sockets / 'serial')},server=on,wait=off,logfile={console}",
         "-serial", "chardev:serial0",
         "-qmp", f"unix:{escape(sockets / 'qmp')},server=on,wait=off",
         "-netdev", f"user,id=net0,{forwards}", "-device", f"{nic},netdev=net0",
@@ -124,7 +125,7 @@ def command_line(request: Request, folder: Path, sockets: Path, *, accelerated: 
         before, device = DISKS[request.hardware.get("disk", "virtio")]
         words += [word for extra in before for word in ("-device", extra)]
         words += [
-            "-drive", f"if=none,id=disk0,format=qcow2,discard=unmap,detect-zeroes=unmap,file={escape(folder / 'disk.qcow2')}",
+            "-drive", f"if=none,id=disk0,format=qcow2,discard=unmap,detect-zeroes=unmap,file={disk}",
             "-device", f"{device},drive=disk0,bootindex=1",
         ]  # fmt: skip
     return words
