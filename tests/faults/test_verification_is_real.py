@@ -20,7 +20,7 @@ from appliance.verify import Verification, VerifyRequest, verify
 PROJECT = Path(__file__).parent.parent.parent
 # What to stop so that a recipe's own service is down; of the console the socket too, which would start it again.
 SERVICES = {
-    "base": ["systemd-resolved.service"],
+    "base": ["ssh.service"],
     "nginx": ["nginx.service"],
     "postgresql": ["postgresql.service"],
     "valkey": ["valkey-server.service"],
