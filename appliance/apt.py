@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +110,10 @@ class Apt:
         """Output of apt-get, apt-cache or apt-helper (full path) with this configuration. Raises CommandError."""
         env = {**os.environ, "LC_ALL": "C.UTF-8"}
         return run([program, *self.options, *arguments], env=env, hint=hint).stdout.decode()
+
+    def pretend(self, stanzas: Iterable[str]) -> None:
+        """Let dpkg's status, which is empty otherwise, hold these stanzas."""
+        (self.folder / "status").write_text("\n".join(stanzas))
 
     def release_files(self) -> list[str]:
         """Texts of the release files that `update` fetched, whose signatures apt has checked."""

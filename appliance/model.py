@@ -168,6 +168,7 @@ class Recipe:
     readable: bool = True  # false: recipe.yaml could not be read and the rest is empty
     build: str = ""  # executable in the recipe's folder, run in the root file system once all packages are in it
     exclude: tuple[str, ...] = ()  # absolute globs of files of the packages that the base layer leaves out
+    omit: tuple[str, ...] = ()  # Debian packages that others depend on and nothing here loads
 
 
 # --- layout --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from appliance.errors import ApplianceError, CommandError, HostError
-from appliance.lock import CORE_RECIPE
+from appliance.lock import CORE_RECIPE, OMITTED, omitted_stanza
 from appliance.model import Lock, Model, Package, Recipe, User
 from appliance.run import run, stream
 from appliance.store import Store, digest_of_files
@@ -97,6 +97,7 @@ def tree_inputs(lock: Lock, model: Model) -> dict[str, str]:
         "users": json.dumps(_users(model, core=True) + _users(model, core=False)),
         "excluded files": json.dumps(_excluded(model, core=False)),
         "build steps": digest_of_files(_builds(model)),
+        "omitted": json.dumps(lock.wanted.get(OMITTED, ())),
         **{f"package {package.name}": f"{package.version} {package.sha256}" for package in lock.sets["full"]},
     }
 
@@ -155,6 +156,7 @@ def _build_core(lock: Lock, model: Model, obtain: Obtain, folder: Path, report: 
         "modules": _modules(model),
         "exclude": _excluded(model, core=True),
         "builds": [],
+        "omitted": [],
     }
     tar = folder / "core.tar"
     with work_folder() as work:
@@ -206,6 +208,7 @@ def _build_tree(lock: Lock, model: Model, obtain: Obtain, core: Path, folder: Pa
     config = {
         "users": users, "modules": _modules(model), "exclude": _excluded(model, core=False),
         "builds": [f"recipes/{recipe.name}/{recipe.build}" for recipe in model.recipes if recipe.build],
+        "omitted": [omitted_stanza(name) for name in lock.wanted.get(OMITTED, ())],
     }  # fmt: skip
     with work_folder() as work:
         _pack_repository(packages, obtain(packages), config, lock, work / "packages.tar", _builds(model))

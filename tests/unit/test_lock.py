@@ -111,7 +111,12 @@ PACKAGES = st.builds(
 def test_reading_gives_what_was_written(packages: list[Package], chance: Random) -> None:
     packages.sort(key=lambda package: package.name)
     chosen = [tuple(package for package in packages if chance.random() < 0.6) for _ in locking.SETS]
-    lock = Lock("trixie", 1, dict.fromkeys(locking.SETS, ("a",)), dict(zip(locking.SETS, chosen, strict=True)))
+    lock = Lock(
+        "trixie",
+        1,
+        dict.fromkeys((*locking.SETS, locking.OMITTED), ("a",)),
+        dict(zip(locking.SETS, chosen, strict=True)),
+    )
     text = locking.format_lock(lock)
     data = json.loads(text)
     assert [entry["name"] for entry in data["packages"]] == sorted({p.name for some in chosen for p in some})
@@ -130,7 +135,7 @@ def read(text: str) -> Lock:
 LOCK = Lock(
     "trixie",
     EPOCH,
-    dict.fromkeys(locking.SETS, ("a",)),
+    dict.fromkeys((*locking.SETS, locking.OMITTED), ("a",)),
     {name: (Package("a", "1", "all", "debian", "pool/a.deb", 3, "0" * 64),) for name in locking.SETS},
 )
 
@@ -282,3 +287,26 @@ def test_no_mirror_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("appliance.apt.run", lambda argv, **_: subprocess.CompletedProcess(argv, 1, b"", b""))
     with pytest.raises(HostError, match="no mirror is known for debian and debian-security"):
         find_mirrors("trixie", environ={})
+
+
+# --- packages that are left out --------------------------------------------------------------------------------------
+
+
+def test_an_omitted_package_satisfies_its_dependants_and_brings_nothing(
+    mirrors: dict[str, str], tmp_path: Path
+) -> None:
+    make_deb(tmp_path, "server", fields=["Depends: compiler (>= 1:19.1)"])
+    make_deb(tmp_path, "compiler", "1:19.2", fields=["Depends: solver"])
+    make_deb(tmp_path, "solver")
+    publish(tmp_path)
+    wanted = {**WANTED, "full": ("kernel", "server")}
+    assert {"server", "compiler", "solver"} <= set(names(resolve(mirrors, wanted), "full"))
+    lock = resolve(mirrors, {**wanted, "omitted": ("compiler",)})
+    assert names(lock, "full") == ["base", "helper", "kernel", "server"]
+    assert read(locking.format_lock(lock)) == lock
+
+
+def test_a_lock_made_before_a_package_was_omitted_does_not_fit(model: Model) -> None:
+    changed = replace(model, recipes=tuple(replace(recipe, omit=("compiler",)) for recipe in model.recipes))
+    with pytest.raises(LockError, match="compiler is not in the lock's set omitted"):
+        locking.check(replace(LOCK, wanted=locking.wanted(model)), changed)

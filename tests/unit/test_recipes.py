@@ -167,7 +167,7 @@ def test_the_build_step_must_be_executable(project: Path) -> None:
 
 keys = [
     "summary", "packages", "wheels", "users", "ports", "provides", "needs", "units", "mask", "state", "memory",
-    "health", "modules", "settings", "schema_level", "files", "include", "build", "exclude",
+    "health", "modules", "settings", "schema_level", "files", "include", "build", "exclude", "omit",
 ]  # fmt: skip
 inner_keys = st.sampled_from(
     ["port", "uid", "exposure", "class", "mode", "owner", "name", "http", "unit", "weight", "/var/x", "a.service", "x"]
