@@ -144,10 +144,27 @@ def choose(node: Node, key: str) -> Serial:
     return serial
 
 
+CREDENTIAL = "samepage.test"  # on the config drive of `node`
+CREDENTIAL_VALUE = b"from the drive\n"
+
+
 @pytest.fixture(scope="session")
-def node(iso: Path, machines: Start) -> Node:
+def config_drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FAT disk that carries one credential."""
+    folder = tmp_path_factory.mktemp("config")
+    image, credential = folder / "config.img", folder / f"{CREDENTIAL}.cred"
+    credential.write_bytes(CREDENTIAL_VALUE)
+    image.write_bytes(bytes(1440 << 10))
+    run(["mformat", "-i", image, "-f", "1440", "-v", "SAMEPAGECFG", "::"])
+    run(["mcopy", "-i", image, credential, "::"])
+    return image
+
+
+@pytest.fixture(scope="session")
+def node(iso: Path, machines: Start, config_drive: Path) -> Node:
     """Installed from the CD's menu under BIOS, restarted by the installer, started from its disk."""
-    made = machines("node", iso)
+    drive = ["-drive", f"if=none,id=config,format=raw,file={config_drive}", "-device", "virtio-blk-pci,drive=config"]
+    made = machines("node", iso, extra=drive)
     with choose(made, "u") as serial:
         serial.expect(r"Installing on /dev/vda .*empty", DEADLINE)
         serial.expect(r"Samepage \S+ is installed on /dev/vda", DEADLINE)

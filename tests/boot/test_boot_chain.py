@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import DEADLINE, GIB, NICS, TARGET, Node, Start, choose, direct
+from conftest import CREDENTIAL, CREDENTIAL_VALUE, DEADLINE, GIB, NICS, TARGET, Node, Start, choose, direct
 
 from appliance.iso import read_back
 from appliance.node.release import parse
@@ -113,6 +113,12 @@ def test_root_is_read_only_and_state_is_not(node: Node) -> None:
         assert node.ssh(f"touch {place}/x 2>/dev/null && echo written || echo refused").strip() == "refused"
 
 
+def test_credentials_of_the_config_drive_reach_systemd_and_stay(node: Node) -> None:
+    assert node.ssh(f"cat /run/credentials/@system/{CREDENTIAL}").encode() == CREDENTIAL_VALUE
+    kept = f"/state/identity/credentials/{CREDENTIAL}.cred"
+    assert node.ssh(f"cat {kept}; stat -c %a:%U {kept}").encode() == CREDENTIAL_VALUE + b"400:root\n"
+
+
 def test_two_installs_share_no_identity(node: Node, second: Node) -> None:
     secrets = [
         "cat /etc/machine-id",
@@ -150,3 +156,18 @@ def test_data_and_identity_survive_a_restart(node: Node) -> None:
     assert node.ssh("cat /var/lib/kept").strip() == "kept"
     assert node.ssh(identity) == before
     assert TARGET.state(node.instance) == "running"
+
+
+def test_release_that_cannot_be_read_gives_way_to_the_last_good_one(second: Node) -> None:
+    version = json.loads(second.ssh("cat /run/samepage/release.json"))["version"]
+    second.ssh(
+        "cd /state && cp boot/selected.cfg boot/previous.cfg && mkdir releases/9.9 && "
+        "cp releases/[0-9]*.*.*/release.json releases/9.9/ && "
+        "sed 's/ .*/ 0000/' releases/[0-9]*.*.*/layers >releases/9.9/layers && "
+        "sed \"s/release='.*'/release='9.9'/\" boot/previous.cfg >boot/selected.cfg && sync"
+    )
+    second.restart()
+    log = second.instance.console_log.read_text(errors="replace")
+    assert "release 9.9 cannot be read; restarting with the release before it" in log
+    assert json.loads(second.ssh("cat /run/samepage/release.json"))["version"] == version
+    assert second.ssh("cmp /state/boot/selected.cfg /state/boot/previous.cfg && echo same").strip() == "same"
