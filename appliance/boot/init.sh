@@ -151,6 +151,7 @@ make_machine_id() {
     local folder=/mnt/identity/etc
     [ -s $folder/machine-id ] && return
     mkdir -p $folder
+    chmod 0711 /mnt/identity # services pass through to folders of their own
     head -c 16 /dev/random | hexdump -e '16/1 "%02x" "\n"' >$folder/machine-id.new
     chmod 0444 $folder/machine-id.new
     sync
