@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -245,45 +246,38 @@ def test_a_named_mirror_wins() -> None:
     assert found["debian"] == "http://three.invalid/d"
 
 
-@pytest.mark.parametrize(
-    ("targets", "found"),
-    [
-        (
-            "Packages|http://m.invalid/debian-security/|x-security|Debian\nPackages|http://m.invalid/debian/|x|Debian\n",
-            {"debian": "http://m.invalid/debian", "debian-security": "http://m.invalid/debian-security"},
-        ),
-        (  # another distribution's entries do not count, those not fetched yet are known by their address
-            "Packages|http://u.invalid/ubuntu/|noble|Ubuntu\nPackages|http://m.invalid/debian/|x|\n"
-            "Packages|http://m.invalid/debian-security/|x-security|\nSources|http://n.invalid/debian/|x|Debian\n",
-            {"debian": "http://m.invalid/debian", "debian-security": "http://m.invalid/debian-security"},
-        ),
-        (  # a host that is not Debian: mmdebstrap's own
-            "Packages|http://u.invalid/ubuntu/|noble|Ubuntu\n",
-            {"debian": "http://default.invalid/debian", "debian-security": "http://default.invalid/security"},
-        ),
-    ],
-)  # fmt: skip
-def test_the_hosts_apt_comes_before_mmdebstraps_default(
-    monkeypatch: pytest.MonkeyPatch, targets: str, found: dict[str, str]
-) -> None:
-    import subprocess
+MIRROR = {"debian": "http://m.invalid/debian", "debian-security": "http://m.invalid/debian-security"}
+FETCHED = "'http://m.invalid/debian-security/dists/x-security/Packages/Debian'\n'http://m.invalid/debian/dists/x/Packages/Debian'\n"
+CONFIGURED = (
+    "'http://m.invalid/debian/dists/x/InRelease' m.invalid_debian_dists_x_InRelease 0 \n"
+    "'http://m.invalid/debian-security/dists/x-security/InRelease' y 0 \n"
+)
+OTHER = "'http://u.invalid/ubuntu/dists/noble/Packages/Ubuntu'\n'http://u.invalid/ubuntu/dists/noble/InRelease' z 0\n"
+DEFAULT = {"debian": "http://default.invalid/debian", "debian-security": "http://default.invalid/security"}
 
+
+@pytest.mark.parametrize(
+    ("fetched", "configured", "found"),
+    [(FETCHED, "", MIRROR), ("", CONFIGURED, MIRROR), (OTHER + FETCHED, OTHER, MIRROR), (OTHER, OTHER, DEFAULT)],
+    ids=["lists fetched", "never fetched", "beside others", "not Debian"],
+)
+def test_the_hosts_apt_comes_before_mmdebstraps_default(
+    monkeypatch: pytest.MonkeyPatch, fetched: str, configured: str, found: dict[str, str]
+) -> None:
     default = (
-        b"deb http://default.invalid/debian s main\n"
-        b"deb [signed-by=/k] http://default.invalid/security s-security main\n"
+        "deb http://default.invalid/debian s main\ndeb [signed-by=/k] http://default.invalid/security s-security main\n"
     )
+    said = {"indextargets": (fetched, ""), "update": (configured, ""), "--quiet": ("", default)}
 
     def fake(argv: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
-        out, err = (targets.encode(), b"") if argv[0] == "apt-get" else (b"", default)
-        return subprocess.CompletedProcess(argv, 0, out, err)
+        out, err = said[argv[1]]
+        return subprocess.CompletedProcess(argv, 0, out.encode(), err.encode())
 
     monkeypatch.setattr("appliance.apt.run", fake)
     assert find_mirrors("trixie", environ={}) == found
 
 
 def test_no_mirror_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
-
     monkeypatch.setattr("appliance.apt.run", lambda argv, **_: subprocess.CompletedProcess(argv, 1, b"", b""))
     with pytest.raises(HostError, match="no mirror is known for debian and debian-security"):
         find_mirrors("trixie", environ={})
