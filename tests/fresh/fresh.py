@@ -103,7 +103,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Build the ISO on machines that have nothing.")
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; both by default")
     parser.add_argument("--as", dest="user", choices=USERS, action="append", help="both by default")
-    parser.add_argument("--share", type=Path, action="append", default=[], help="file or folder to copy to the machine")
+    parser.add_argument("--share", type=Path, action="append", default=[], help="copy this in (not of /tmp)")
     arguments = parser.parse_args()
     hashes: dict[str, str] = {}
     for suite in arguments.suites or SUITES:
