@@ -29,6 +29,8 @@ from appliance.errors import HostError
 
 Notify = Callable[[str], None]
 
+KEEP_DAYS = 14  # a step that makes a new result forgets those that nobody used for so long
+
 
 def default_root(environ: Mapping[str, str] = os.environ) -> Path:
     """SAMEPAGE_CACHE, else samepage-appliance under XDG_CACHE_HOME, else under ~/.cache."""
@@ -80,6 +82,7 @@ class Store:
             with self.locked(f"{name}-{place.name}", f"another build is making {name}; waiting for it"):
                 if not _is_whole(place):
                     self._build(place, inputs, build)
+            self.clean(keep_days=KEEP_DAYS, only=name)
         _record(place).touch()  # when it was used last, for `clean`
         self._remember(name, inputs)
         return place
@@ -170,10 +173,10 @@ class Store:
 
     # --- room and cleaning -------------------------------------------------------------------------------------------
 
-    def results(self) -> list[Result]:
-        """Every result and every leftover of a killed build, oldest use first."""
+    def results(self, only: str = "*") -> list[Result]:
+        """Every result (of one step) and every leftover of a killed build, oldest use first."""
         found = []
-        for place in (self.root / "steps").glob("*/*"):
+        for place in (self.root / "steps").glob(f"{only}/*"):
             if place.suffix == ".json":
                 continue
             record = _record(place)
@@ -181,11 +184,14 @@ class Store:
             found.append(Result(place.parent.name, place, used, disk_usage(place)))
         return sorted(found, key=lambda result: result.used)
 
-    def clean(self, *, keep_days: float | None = None) -> int:
-        """Remove all results, or those not used for `keep_days`; returns the bytes freed. What is being built stays."""
+    def clean(self, *, keep_days: float | None = None, only: str = "*") -> int:
+        """Remove all results (of one step), or those not used for `keep_days`; returns the bytes freed.
+
+        What is being built stays.
+        """
         freed = 0
-        for result in self.results():
-            if keep_days is not None and result.used > time.time() - keep_days * 86400:
+        for result in self.results(only):
+            if keep_days is not None and (result.leftover or result.used > time.time() - keep_days * 86400):
                 continue
             with self.locked(
                 f"{result.name}-{result.place.name.partition('.')[0]}",
@@ -205,6 +211,11 @@ class Result:
     place: Path
     used: float
     size: int
+
+    @property
+    def leftover(self) -> bool:
+        """Whether it is being built, or was when the builder was killed."""
+        return self.place.suffix == ".partial"
 
 
 def remove(path: Path) -> None:
