@@ -23,6 +23,7 @@ from appliance.model import frozen_map
 from appliance.node import paths
 from appliance.node.release import parse
 from appliance.run import run
+from appliance.steps import STEPS_FILE, record_step
 from appliance.targets.base import (
     GUEST_PORTS,
     Instance,
@@ -147,7 +148,8 @@ class Qemu(Target):
         credentials = {"ssh.authorized_keys.root": key, **request.credentials}
         prepare_disks(request, folder)
         if request.kind == "install":
-            install(request, folder, credentials)
+            with record_step(folder / STEPS_FILE, "install"):
+                install(request, folder, credentials)
             request = replace(request, kind="disk")
         save_request(request, folder)
         return start(request, folder, credentials)

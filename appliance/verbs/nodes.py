@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from appliance.cli import Session, pass_session, verb
-from appliance.errors import ApplianceError
+from appliance.steps import STEPS_FILE, record_step
 from appliance.targets import base
 
 FIRST_LOGIN = "/run/samepage-app/first-login.json"
@@ -139,27 +139,11 @@ def make_request(session: Session, wanted: Wanted) -> base.Request:
 
 def await_health(session: Session, target: base.Target, instance: base.Instance, timeout: float, started: float) -> Any:
     """Wait with progress and keep the time of the boot for the test report."""
-    with session.console.stage(f"wait until {instance.name} is healthy") as progress:
-        ok, detail = False, ""
-        try:
-            health = base.wait_healthy(target, instance, timeout, lambda passed: progress.update(passed, timeout, "s"))
-            ok = True
-            return health
-        except ApplianceError as error:
-            detail = error.message
-            raise
-        finally:
-            finish = time.time()
-            step = {
-                "name": "boot",
-                "start": started,
-                "finish": finish,
-                "seconds": finish - started,
-                "ok": ok,
-                "detail": detail,
-            }
-            if instance.folder.is_dir():
-                (instance.folder / "steps.json").write_text(json.dumps([step]) + "\n", encoding="utf-8")
+    with (
+        session.console.stage(f"wait until {instance.name} is healthy") as progress,
+        record_step(instance.folder / STEPS_FILE, "boot", since=started),
+    ):
+        return base.wait_healthy(target, instance, timeout, lambda passed: progress.update(passed, timeout, "s"))
 
 
 def show(session: Session, target: base.Target, instance: base.Instance, health: Any, as_json: bool) -> None:
@@ -324,7 +308,7 @@ def verify(session: Session, /, name: str, host: str | None, as_json: bool, **gi
     if host is None:
         target, instance = running(session, name)
         host, options = target.connection(instance)
-        steps = instance.folder / "steps.json"
+        steps = instance.folder / STEPS_FILE
     request = VerifyRequest(
         project=session.project,
         host=host,

@@ -5,7 +5,7 @@ from pathlib import Path
 from conftest import PROJECT, TARGET, Node
 
 from appliance.console import Console
-from appliance.verification.steps import record_step
+from appliance.steps import record_step
 from appliance.verify import VerifyRequest, verify
 
 
