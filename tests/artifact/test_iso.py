@@ -74,6 +74,11 @@ def test_records_on_the_medium_agree_with_each_other(built: Built, image: Path, 
     assert f"samepage.release={manifest.version}" in menu
 
 
+@pytest.mark.parametrize("name", ["grub-disk.cfg", "grub-medium.cfg"])
+def test_configurations_are_valid_for_grub(built: Built, name: str) -> None:
+    built.tools.run("grub-script-check", bootloader.TEMPLATES / name)
+
+
 def test_layers_in_the_squashfs_are_the_images_themselves(built: Built) -> None:
     for layer in built.layers:
         name = paths.image_name(layer.kind, layer.digest)
