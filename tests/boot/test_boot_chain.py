@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import CREDENTIAL, CREDENTIAL_VALUE, DEADLINE, GIB, NICS, TARGET, Node, Start, choose, direct
 
 from appliance.iso import read_back
 from appliance.node.release import parse
 from appliance.run import run
+from tests.boot.conftest import CREDENTIAL, CREDENTIAL_VALUE, DEADLINE, GIB, NICS, TARGET, Node, Start, choose, direct
 
 # Controllers that virtual machines come with: QEMU's words before the disk, and the disk's device
 CONTROLLERS = {

@@ -10,10 +10,10 @@ from typing import Any
 
 import docker
 import pytest
-from engine import docker_engine
 
 from appliance import cli
 from appliance.targets import base
+from tests.engine import docker_engine
 
 PROJECT = Path(__file__).parents[2]
 NAME = "test-docker"

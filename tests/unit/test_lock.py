@@ -7,7 +7,6 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from archives import EPOCH, make_deb, publish
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from appliance.errors import CommandError, Faults, HostError, LockError
 from appliance.layout import load_layout
 from appliance.model import Lock, Model, Package
 from appliance.recipes import load_recipes
+from tests.archives import EPOCH, make_deb, publish
 
 WANTED = {"core": ("kernel",), "full": ("app", "kernel"), "tools": ("tool",)}
 

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from trees import VALID, add, edit, link, write_tree
 
 from appliance.errors import Faults
 from appliance.model import Memory, Recipe
 from appliance.recipes import load_recipes
 from appliance.yamlfile import Fields
+from tests.trees import VALID, add, edit, link, write_tree
 
 WEB = "recipes/web/recipe.yaml"
 
