@@ -32,7 +32,10 @@ def publish(built: Built, target: Path, code: str, write: Callable[[], Artifact]
         for path, content in companions(built, artifact).items():
             if not path.exists() or path.read_bytes() != content:
                 put_beside(path, content)
-    keep_rendered(built)
+    with built.store.locked(
+        f"rendered-{key_of({'project': str(built.options.project)})[:16]}", "waiting for another build"
+    ):
+        keep_rendered(built)
     return Output(artifact, built, rewritten)
 
 

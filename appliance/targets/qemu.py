@@ -55,7 +55,7 @@ DISKS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "virtio-scsi": (("virtio-scsi-pci",), "scsi-hd"),
     "ahci": ((), "ide-hd"),
     "pvscsi": (("pvscsi",), "scsi-hd"),
-    "lsi": (("mptsas1068",), "scsi-hd"),
+    "lsi": (("lsi53c895a",), "scsi-hd"),
     "nvme": ((), "nvme,serial=samepage"),
 }
 
