@@ -145,7 +145,7 @@ def build_context(description: Path, base: str) -> io.BytesIO:
 
 def options(request: Request, folder: Path) -> dict[str, Any]:
     """What the engine is asked for besides the image."""
-    volumes: dict[str, dict[str, str]] = {}
+    volumes = {"/sys/fs/cgroup": {"bind": "/sys/fs/cgroup", "mode": "rw"}}  # systemd manages its own part of it
     environment: dict[str, str] = {"container": "docker"}
     if request.credentials:
         place = folder / "credentials"
@@ -154,13 +154,12 @@ def options(request: Request, folder: Path) -> dict[str, Any]:
             (place / name).write_bytes(value)
         volumes[str(place.resolve())] = {"bind": CREDENTIALS, "mode": "ro"}
         environment["CREDENTIALS_DIRECTORY"] = CREDENTIALS
-    if Path("/sys/fs/cgroup/systemd").is_dir() or Path("/sys/fs/cgroup/cgroup.controllers").exists():
-        volumes["/sys/fs/cgroup"] = {"bind": "/sys/fs/cgroup", "mode": "rw"}
     return {
         "name": f"{REPOSITORY}-{request.name}-{os.getpid()}",
         "hostname": request.name,
         "command": [INIT],
         "tty": True,
+        "cgroupns": "host",  # the tree above is the host's, and so must be the paths in it
         "read_only": True,
         "cap_add": list(CAPABILITIES),
         "security_opt": ["seccomp=unconfined", "apparmor=unconfined"],
