@@ -20,6 +20,7 @@ import psycopg
 from psycopg.rows import DictRow
 
 from . import service
+from .clock import utc_now
 from .config import SHARE, ConfigError, Settings
 from .database import conninfo
 from .mail import UnknownMail, build
@@ -84,7 +85,8 @@ def _do(connection: Connection, settings: Settings, job: dict[str, Any]) -> None
 
 def _send(settings: Settings, job: dict[str, Any]) -> None:
     domain = settings.mail_from.rpartition("@")[2]
-    message = build(job["kind"], job["payload"], sender=settings.mail_from, message_id=f"<job-{job['id']}@{domain}>")
+    message_id = f"<job-{job['id']}@{domain}>"
+    message = build(job["kind"], job["payload"], sender=settings.mail_from, message_id=message_id, at=utc_now())
     with smtplib.SMTP(settings.smtp_host, settings.smtp_port, local_hostname=domain, timeout=_SMTP_TIMEOUT) as server:
         server.send_message(message)
 
