@@ -113,8 +113,9 @@ def test_the_invitation() -> None:
 
 
 def test_names_cannot_add_headers_or_fields() -> None:
+    forged = PAYLOAD | {"from_name": "B\nBcc: eve@example.com"}
     with pytest.raises(ValueError, match="linefeed"):
-        build("invitation", PAYLOAD | {"from_name": "B\nBcc: eve@example.com"}, sender="s@n", message_id="<1@n>", at=MOMENT)
+        build("invitation", forged, sender="s@n", message_id="<1@n>", at=MOMENT)
     mail = build("invitation", PAYLOAD | {"name": "{link} {0}"}, sender="s@n", message_id="<1@n>", at=MOMENT)
     assert "Hello {link} {0}," in mail.get_content()
 
