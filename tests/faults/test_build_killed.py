@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.console import Console
-from appliance.pipeline import Options, build_iso
+from appliance.pipeline import Options
 from appliance.workfolder import _work_base as work_base
 
 PROJECT = Path(__file__).parents[2]
@@ -29,10 +28,21 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> str:
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this checkout, which nobody edits while the builds run."""
+    place = tmp_path_factory.mktemp("checkout")
+    for name in ("appliance", "recipes"):
+        shutil.copytree(PROJECT / name, place / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return place
+
+
+@pytest.fixture(scope="module")
+def sound(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """sha256 of the ISO that an undisturbed build gives."""
-    output = tmp_path_factory.mktemp("sound")
-    return build_iso(Options(PROJECT, output=output), Console("none")).artifact.sha256
+    place = tmp_path_factory.mktemp("sound")
+    Build(checkout, Options(PROJECT).cache, place / "dist", place / "log").finish()
+    [image] = (place / "dist").glob("*.iso")
+    return digest(image)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +64,7 @@ def link_or_copy(source: str, target: str) -> None:
 class Build:
     """One build as a process of its own, whose stages can be waited for."""
 
-    def __init__(self, cache: Path, dist: Path, log: Path) -> None:
+    def __init__(self, checkout: Path, cache: Path, dist: Path, log: Path) -> None:
         self.log = log
         command = [
             sys.executable,
@@ -70,7 +80,7 @@ class Build:
         ]
         with log.open("w") as stream:
             self.process = subprocess.Popen(
-                command, cwd=PROJECT, env=os.environ | {"SAMEPAGE_CACHE": str(cache)}, stdout=stream, stderr=stream
+                command, cwd=checkout, env=os.environ | {"SAMEPAGE_CACHE": str(cache)}, stdout=stream, stderr=stream
             )
 
     def wait_for(self, stage: str, seconds: float = 300) -> bool:
@@ -108,13 +118,13 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def test_killed_at_every_stage(sound: str, cache: Path, tmp_path: Path) -> None:
+def test_killed_at_every_stage(checkout: Path, sound: str, cache: Path, tmp_path: Path) -> None:
     """SIGKILL to the builder alone: its programs go on for a while beside the next build, as they would."""
     dice = random.Random(20261123)
     dist = tmp_path / "dist"
     killed = []
     for stage in STAGES:
-        build = Build(cache, dist, tmp_path / f"{stage}.log")
+        build = Build(checkout, cache, dist, tmp_path / f"{stage}.log")
         if build.wait_for(stage):
             time.sleep(dice.uniform(0, 0.4))
             build.process.kill()
@@ -122,18 +132,18 @@ def test_killed_at_every_stage(sound: str, cache: Path, tmp_path: Path) -> None:
         build.process.wait(60)
         assert_whole(dist)
     assert len(killed) >= len(STAGES) - 1  # the last stages may be over before the signal arrives
-    Build(cache, dist, tmp_path / "last.log").finish()
+    Build(checkout, cache, dist, tmp_path / "last.log").finish()
     assert_whole(dist)
     [image] = dist.glob("*.iso")
     assert digest(image) == sound
     assert not list((cache / "steps").glob("*/*.partial"))
 
 
-def test_cancelled_leaves_nothing_behind(sound: str, cache: Path, tmp_path: Path) -> None:
+def test_cancelled_leaves_nothing_behind(checkout: Path, sound: str, cache: Path, tmp_path: Path) -> None:
     del sound
     for name in ("core", "tree"):
         shutil.rmtree(cache / "steps" / name, ignore_errors=True)
-    build = Build(cache, tmp_path / "dist", tmp_path / "log")
+    build = Build(checkout, cache, tmp_path / "dist", tmp_path / "log")
     assert build.wait_for("core")
     time.sleep(1)
     build.process.send_signal(signal.SIGINT)
@@ -168,10 +178,10 @@ def in_use(place: Path) -> bool:
     return False
 
 
-def test_two_builds_at_once_share_the_work(sound: str, cache: Path, tmp_path: Path) -> None:
+def test_two_builds_at_once_share_the_work(checkout: Path, sound: str, cache: Path, tmp_path: Path) -> None:
     for name in ("base", "base-packed", "config", "initrd"):
         shutil.rmtree(cache / "steps" / name, ignore_errors=True)
-    builds = [Build(cache, tmp_path / f"dist{number}", tmp_path / f"log{number}") for number in (1, 2)]
+    builds = [Build(checkout, cache, tmp_path / f"dist{number}", tmp_path / f"log{number}") for number in (1, 2)]
     logs = [build.finish() for build in builds]
     for number in (1, 2):
         [image] = (tmp_path / f"dist{number}").glob("*.iso")
@@ -179,8 +189,8 @@ def test_two_builds_at_once_share_the_work(sound: str, cache: Path, tmp_path: Pa
     assert any("waiting for it" in log for log in logs)
 
 
-def test_two_builds_into_one_folder(sound: str, cache: Path, tmp_path: Path) -> None:
-    builds = [Build(cache, tmp_path / "dist", tmp_path / f"log{number}") for number in (1, 2)]
+def test_two_builds_into_one_folder(checkout: Path, sound: str, cache: Path, tmp_path: Path) -> None:
+    builds = [Build(checkout, cache, tmp_path / "dist", tmp_path / f"log{number}") for number in (1, 2)]
     for build in builds:
         build.finish()
     assert_whole(tmp_path / "dist")
@@ -205,11 +215,11 @@ def small_disk(place: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", place], check=True)
 
 
-def test_a_full_cache_disk_is_foreseen(sound: str, tmp_path: Path) -> None:
+def test_a_full_cache_disk_is_foreseen(checkout: Path, sound: str, tmp_path: Path) -> None:
     del sound
     with small_disk(tmp_path / "small", "100m") as disk:
         started = time.monotonic()
-        text = Build(disk / "cache", tmp_path / "dist", tmp_path / "log").finish(3)
+        text = Build(checkout, disk / "cache", tmp_path / "dist", tmp_path / "log").finish(3)
         assert time.monotonic() - started < 30
         assert "the build needs about" in text
         assert "MB are free" in text
@@ -218,11 +228,11 @@ def test_a_full_cache_disk_is_foreseen(sound: str, tmp_path: Path) -> None:
         assert not list(disk.glob("cache/steps/*"))
 
 
-def test_a_full_output_disk_is_foreseen(sound: str, tmp_path: Path) -> None:
+def test_a_full_output_disk_is_foreseen(checkout: Path, sound: str, tmp_path: Path) -> None:
     """With everything in the cache, so that only the image is to be written."""
     del sound
     with small_disk(tmp_path / "small", "20m") as disk:
-        text = Build(Options(PROJECT).cache, disk / "dist", tmp_path / "log").finish(3)
+        text = Build(checkout, Options(PROJECT).cache, disk / "dist", tmp_path / "log").finish(3)
         assert "MB are free" in text
         assert "iso ..." not in text
         assert not list(disk.glob("dist/*.iso"))
