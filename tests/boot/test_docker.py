@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,3 +100,22 @@ def test_status_and_ssh(container: dict[str, Any], capfd: pytest.CaptureFixture[
     cli.main(["status", "--json"])
     nodes = {node["name"]: node for node in json.loads(capfd.readouterr().out)}
     assert nodes[NAME]["summary"] == "healthy"
+
+
+@pytest.mark.usefixtures("container")
+def test_cancelled_up_leaves_nothing(tmp_path: Path) -> None:
+    name = f"{NAME}-cancelled"
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        command = [sys.executable, "-m", "appliance", "up", "--target", "docker", "--name", name]
+        process = subprocess.Popen(command, cwd=PROJECT, stdout=stream, stderr=stream)
+        end = time.monotonic() + 120
+        while "is healthy ..." not in log.read_text() and time.monotonic() < end:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        status = process.wait(60)
+    assert status == 130, log.read_text()
+    client = docker.from_env()
+    assert not [one.name for one in client.containers.list(all=True) if name in one.name]
+    client.close()
+    assert not (base.nodes_folder(PROJECT) / name).exists()
