@@ -120,7 +120,7 @@ def command_line(request: Request, folder: Path, sockets: Path, *, accelerated: 
     if request.kind in ("iso", "install"):
         words += [
             "-drive", f"if=none,id=cd0,media=cdrom,format=raw,readonly=on,file={escape(request.image)}",
-            "-device", "ide-cd,drive=cd0,bus=ide.0" + ("" if request.kind == "install" else ",bootindex=1"),
+            "-device", f"ide-cd,drive=cd0,bus=ide.0,bootindex={2 if request.kind == 'install' else 1}",
         ]  # fmt: skip
     if request.kind in ("usb", "disk", "install"):
         before, device = DISKS[request.hardware.get("disk", "virtio")]
