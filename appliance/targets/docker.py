@@ -127,6 +127,20 @@ def ensure_image(client: Any, description: Path) -> str:
     return f"{REPOSITORY}:{base_tag}-{tag}"
 
 
+def forget_images() -> int:
+    """Remove the images that no container uses; returns how many. Raises HostError without an engine."""
+    from docker.errors import APIError
+
+    removed = 0
+    with engine() as client:
+        for name in (REPOSITORY, f"{REPOSITORY}-base"):
+            for tag in [tag for image in client.images.list(name) for tag in image.tags]:
+                with suppress(APIError):  # in use
+                    client.images.remove(tag)
+                    removed += 1
+    return removed
+
+
 def build_context(description: Path, base: str) -> io.BytesIO:
     """What the engine builds the image from, as a tar."""
     lines = [f"FROM {base}", *(f"ADD {name} {target}" for name, target in ARCHIVES.items())]

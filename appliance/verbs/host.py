@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 import click
 
@@ -37,6 +38,7 @@ def doctor(session: Session, as_json: bool) -> int:
 @pass_session
 def clean(session: Session, cache: bool) -> None:
     """Remove what was built here: dist/ and this checkout's records. Running nodes must be down."""
+    from appliance.errors import HostError
     from appliance.store import Store, default_root, remove
     from appliance.targets import base
 
@@ -53,6 +55,10 @@ def clean(session: Session, cache: bool) -> None:
     if cache:
         freed = Store(default_root(), session.project, session.console.note).clean()
         session.console.note(f"emptied the cache {default_root()}: {freed / 1e6:.0f} MB")
+        with suppress(HostError):  # without an engine there is nothing to forget
+            from appliance.targets.docker import forget_images
+
+            session.console.note(f"removed {forget_images()} container images")
 
 
 @verb("completion bash >> ~/.bashrc", "completion zsh", "completion fish")

@@ -205,3 +205,43 @@ def test_signals_are_left_as_they_were() -> None:
     before = signal.getsignal(signal.SIGTERM)
     cli.main(["--version"])
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_clean_removes_what_was_built_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from appliance.store import Store
+    from appliance.targets import base, docker
+
+    project, cache = tmp_path / "project", tmp_path / "cache"
+    monkeypatch.setenv("SAMEPAGE_CACHE", str(cache))
+    monkeypatch.setattr(docker, "forget_images", lambda: 2)
+    (project / "dist").mkdir(parents=True)
+    (project / "dist" / "image.iso").write_text("x")
+    node = base.nodes_folder(project) / "n"
+    node.mkdir(parents=True)
+    base.save(base.Instance("n", "qemu", node, "127.0.0.1", {}, {}))
+    Store(cache, project).step("core", {}, lambda folder: (folder / "file").write_text("x") and None)
+    assert cli.main(["-C", str(project), "clean"]) == 1
+    assert "nodes of this checkout exist: n" in capsys.readouterr().err
+    (node / base.RECORD).unlink()
+    assert cli.main(["-C", str(project), "clean"]) == 0
+    assert not (project / "dist").exists()
+    assert not (project / ".samepage").exists()
+    assert list((cache / "steps" / "core").iterdir())
+    assert cli.main(["-C", str(project), "clean", "--cache"]) == 0
+    assert not list((cache / "steps" / "core").iterdir())
+    assert "removed 2 container images" in capsys.readouterr().err
+
+
+def test_doctor_reports(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from appliance import doctor
+
+    found = [doctor.Finding("a", "ok", "fine"), doctor.Finding("b", "missing", "gone", "sudo mend")]
+    monkeypatch.setattr(doctor, "examine", lambda *_: found)
+    assert cli.main(["doctor"]) == 3
+    assert "MISSING   b: gone\n          mend: sudo mend" in capsys.readouterr().out
+    assert cli.main(["doctor", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)[1]["fix"] == "sudo mend"
+    monkeypatch.setattr(doctor, "examine", lambda *_: found[:1])
+    assert cli.main(["doctor"]) == 0
