@@ -58,7 +58,7 @@ def test_medium_written_raw_boots_under_bios_and_sees_disks_on_every_controller(
         serial.expect("Nothing was written", DEADLINE)
 
 
-@pytest.mark.parametrize("kind", ["install", "usb"])
+@pytest.mark.parametrize("kind", ["iso", "usb"])
 def test_medium_boots_under_uefi(iso: Path, machine: Start, kind: str) -> None:
     with choose(machine(f"uefi-{kind}", iso, kind, firmware="uefi"), "i") as serial:
         serial.expect(r"Number of the disk|Installation refused: none of these disks", DEADLINE)
