@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,12 +137,13 @@ def machine(_machines: Start) -> Iterator[Start]:
         stop(node)
 
 
-def choose(node: Node, key: str) -> Serial:
-    """Press a key in the medium's menu, on the serial console; returns the console."""
-    serial = node.serial()
-    serial.expect("unattended", DEADLINE)
-    serial.type(key)
-    return serial
+@contextmanager
+def choose(node: Node, key: str) -> Iterator[Serial]:
+    """Press a key in the medium's menu, on the serial console; gives the console."""
+    with node.serial() as serial:
+        serial.expect("unattended", DEADLINE)
+        serial.type(key)
+        yield serial
 
 
 CREDENTIAL = "samepage.test"  # on the config drive of `node`
