@@ -22,13 +22,14 @@ from pathlib import Path
 import zstandard
 
 from appliance import cpio, erofs
-from appliance.erofs import BLOCK, Range
+from appliance.erofs import BLOCK, INODE_ALIGNMENT, Range
 from appliance.node import delta as format_
 from appliance.shift import Change, changes
 
 _LEVEL = 19
 _POOL_BYTES = 4 << 20  # changed bytes that are worth a second process
 _SMALL = 1 << 20  # new bytes are looked at in parts of this size
+_UNIT = {format_.COPY: 1, format_.ADD: 1, format_.WORDS: 4}  # what an operation's size is a multiple of, but at its end
 _QUIET = re.compile(rb"\0{32,}")
 _LARGE = 64 << 20  # a stream of this size is compressed by two threads and less hard
 
@@ -139,6 +140,10 @@ class _Index:
         return None
 
 
+def _place(member: Member) -> int:
+    return member.data[0].offset if member.data else member.meta.offset
+
+
 def _pattern(path: str) -> str:
     return re.sub(r"[0-9]+", "#", path)
 
@@ -183,10 +188,11 @@ def _placed(new: Sequence[Range], source: int, old: Sequence[Range], made: Itera
 
 
 def _words(new: bytes, old: bytes) -> bytes:
-    """Differences of 32-bit words, of the shorter one's whole words."""
-    size = min(len(new), len(old)) & ~3
-    a, b = array("I", new[:size]), array("I", old[:size])
-    return array("I", [(x - y) & 0xFFFFFFFF for x, y in zip(a, b, strict=True)]).tobytes()
+    """Differences of 32-bit words, and of the single bytes that are left over, of two runs of one size."""
+    whole = len(new) & ~3
+    a, b = array("I", new[:whole]), array("I", old[:whole])
+    words = array("I", [(x - y) & 0xFFFFFFFF for x, y in zip(a, b, strict=True)]).tobytes()
+    return words + bytes((x - y) & 0xFF for x, y in zip(new[whole:], old[whole:], strict=True))
 
 
 def _folder_pieces(new: Plan, old: Plan, source: int, member: Member, other: Member) -> Iterator[Piece]:
@@ -194,7 +200,7 @@ def _folder_pieces(new: Plan, old: Plan, source: int, member: Member, other: Mem
     yield from _as_words(new, old, source, member.meta, other.meta)
     for run, was in zip(member.data, other.data, strict=False):
         if not stat.S_ISDIR(member.kind):
-            yield from _as_words(new, old, source, run, was)
+            yield from _as_words(new, old, source, *_with_padding(run, was))
             continue
         for at in range(0, run.size, BLOCK):
             block = Range(run.offset + at, min(BLOCK, run.size - at))
@@ -202,11 +208,19 @@ def _folder_pieces(new: Plan, old: Plan, source: int, member: Member, other: Mem
             yield from _block_pieces(new, old, source, block, before)
 
 
+def _with_padding(run: Range, was: Range) -> tuple[Range, Range]:
+    """Both with what fills them up to the next inode's place, so that neighbouring inodes are one operation."""
+    if run.size != was.size or (run.offset - was.offset) % INODE_ALIGNMENT:
+        return run, was
+    size = run.size + -run.end % INODE_ALIGNMENT
+    return Range(run.offset, size), Range(was.offset, size)
+
+
 def _block_pieces(new: Plan, old: Plan, source: int, block: Range, before: Range) -> Iterator[Piece]:
     fresh, stale = new.content[block.offset : block.end], old.content[before.offset : before.end]
     entries, olds = erofs.block_entries(fresh), erofs.block_entries(stale) if stale else []
     if [one[1] for one in entries] == [one[1] for one in olds]:
-        yield from _as_words(new, old, source, block, before)
+        yield from _as_words(new, old, source, *_with_padding(block, before))
         return
     places = {name: number for number, (_, name, _, _) in enumerate(olds)}
     for number, (_, name, _, _) in enumerate(entries):
@@ -220,9 +234,10 @@ def _block_pieces(new: Plan, old: Plan, source: int, block: Range, before: Range
 
 
 def _as_words(new: Plan, old: Plan, source: int, block: Range, before: Range) -> Iterator[Piece]:
-    payload = _words(new.content[block.offset : block.end], old.content[before.offset : before.end])
-    if payload:
-        yield Piece(block.offset, len(payload), format_.WORDS, source, before.offset, payload)
+    size = min(block.size, before.size)
+    fresh, stale = new.content[block.offset : block.offset + size], old.content[before.offset : before.offset + size]
+    if size and len(stale) == size:
+        yield Piece(block.offset, size, format_.WORDS, source, before.offset, _words(fresh, stale))
 
 
 # --- all pieces ------------------------------------------------------------------------------------------------------
@@ -240,10 +255,11 @@ def _changed(job: tuple[Member, int, Member]) -> list[Piece]:
 def _pieces(new: Plan, olds: Sequence[Plan], workers: int) -> Iterator[Piece]:
     """Pieces in any order; what none of them makes is new or zero."""
     index = _Index(olds)
+    made: dict[bytes, Member] = {}  # by content, of the new files that no old file gives
     jobs: list[tuple[Member, int, Member]] = []
     if new.blocks and olds and olds[0].blocks:
         yield from _as_words(new, olds[0], 0, erofs.SUPERBLOCK, erofs.SUPERBLOCK)
-    for member in new.members:
+    for member in sorted(new.members, key=_place):
         found = index.like(member)
         if found and member.meta.size:
             if member.kind != stat.S_IFREG or not member.size:
@@ -259,9 +275,12 @@ def _pieces(new: Plan, olds: Sequence[Plan], workers: int) -> Iterator[Piece]:
         same = index.same(new.bytes_of(member), member.path)
         if same:
             source, other = same
-            made = [Change(format_.COPY, member.size, 0)]
-            yield from _placed(member.data, source, other.data, made)
+            yield from _placed(member.data, source, other.data, [Change(format_.COPY, member.size, 0)])
             yield from _padding(new, olds[source], source, member.data[-1], other.data[-1])
+            continue
+        twin = made.setdefault(_digest(new.bytes_of(member)), member)
+        if max(run.end for run in twin.data) <= min(run.offset for run in member.data):
+            yield from _placed(member.data, len(olds), twin.data, [Change(format_.COPY, member.size, 0)])
         elif found and found[1].size:
             jobs.append((member, *found))
     yield from _work(new, olds, jobs, workers)
@@ -306,7 +325,7 @@ class _Program:
     last: Piece | None = None
 
     def __post_init__(self) -> None:
-        self.ends = [0] * self.sources
+        self.ends = [0] * (self.sources + 1)
 
     def put(self, piece: Piece) -> None:
         if piece.kind in self.streams:
@@ -314,7 +333,7 @@ class _Program:
         last = self.last
         if last and last.kind == piece.kind != format_.PATCH and (
             piece.kind in (format_.LITERAL, format_.ZERO)
-            or (last.source == piece.source and last.start + last.size == piece.start)
+            or (last.source == piece.source and last.start + last.size == piece.start and not last.size % _UNIT[piece.kind])
         ):  # fmt: skip
             self.last = Piece(last.offset, last.size + piece.size, last.kind, last.source, last.start)
             return
@@ -340,7 +359,7 @@ class _Program:
 
     def pack(self) -> bytes:
         self.flush()
-        format_.put_number(self.ops, self.sources << 3 | format_.SOURCE)
+        format_.put_number(self.ops, format_.END)
         runs = [self.ops, *(self.streams[kind] for kind in (format_.ADD, format_.WORDS, format_.LITERAL))]
         packed = [_compress(bytes(run)) for run in runs] + [bytes(self.streams[format_.PATCH])]
         head = bytearray()

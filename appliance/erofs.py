@@ -24,7 +24,7 @@ _SUPERBLOCK = struct.Struct("<IIIBBHQQIIII16s16sIHHHBBIQB23x")
 _COMPACT = struct.Struct("<HHHHIIIIHHI")
 _EXTENDED = struct.Struct("<HHHHQIIIIQII16x")
 _ENTRY = struct.Struct("<QHBB")
-_SLOT = 32
+INODE_ALIGNMENT = 32
 _PLAIN, _INLINE = 0, 2
 _COMPAT_SUM, _COMPAT_MTIME, _COMPAT_FILTER = 1, 2, 4  # compatible features: they do not move anything
 
@@ -115,7 +115,7 @@ def _parse(content: bytes | mmap.mmap) -> Image:
             continue
         if len(found) >= inodes:
             raise ErofsError("the EROFS image has more inodes than it says")
-        file = found[nid] = _inode(content, meta * BLOCK + nid * _SLOT, path)
+        file = found[nid] = _inode(content, meta * BLOCK + nid * INODE_ALIGNMENT, path)
         if stat.S_ISDIR(file.mode):
             for child, name in _entries(content, file):
                 if name not in (".", ".."):

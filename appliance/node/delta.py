@@ -9,14 +9,16 @@ A delta is five runs of bytes, whose sizes stand in front of it as five varints 
     frames   -     one zstd frame per PATCH, compressed with the old bytes as its dictionary
 
 An operation is a varint `size << 3 | kind` and, where it reads an old file, a signed varint (the sign in the lowest bit):
-how far its place lies from where the last one ended in the same file. Operations make the new file from its beginning to its end:
+how far its place lies from where the last one ended in the same file. Operations make the new file in order:
 
     COPY     `size` old bytes              ADD    old bytes plus differences of bytes
-    LITERAL  `size` new bytes              WORDS  old words plus differences of words; `size` in bytes
+    LITERAL  `size` new bytes              WORDS  old words plus differences of words; `size` is in bytes,
+                                                  and bytes left over at its end are added singly
     ZERO     `size` zero bytes             PATCH  `size` bytes of a frame; its two further varints: the frame's size and
     SOURCE   now read old file no. `size`         the number of old bytes that are its dictionary
+    END      no more
 
-The ops end with SOURCE of the number of sources. Memory is bounded whatever a delta says: the streams' windows are
+The file that is being made is one more source, behind the old ones. Memory is bounded whatever a delta says: the streams' windows are
 limited, a PATCH has at most PATCH_LIMIT old and new bytes, and everything else is moved in small pieces.
 """
 
@@ -29,7 +31,7 @@ from typing import IO, cast
 
 import zstandard
 
-COPY, ADD, WORDS, LITERAL, ZERO, SOURCE, PATCH = range(7)
+COPY, ADD, WORDS, LITERAL, ZERO, SOURCE, PATCH, END = range(8)
 RUNS = 5
 WINDOW_LOG = 22  # of the streams: 4 MiB each
 PATCH_LIMIT = 1 << 22  # bytes of the dictionary and of the result of a PATCH
@@ -170,7 +172,7 @@ def add(old: bytes, difference: bytes, unit: int) -> bytes:
 
 
 class _Writer:
-    """The new file: counted, hashed, and refused when it grows beyond its size."""
+    """The new file: counted, hashed, and refused when it grows beyond its size. What is written can be read again."""
 
     def __init__(self, out: IO[bytes], size: int, progress: Callable[[int], None] | None) -> None:
         self.out, self.size, self.done = out, size, 0
@@ -194,6 +196,18 @@ class _Writer:
         if self.progress:
             self.progress(self.done)
 
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Bytes that were written before. Raises DeltaError where they are not there."""
+        if offset < 0 or offset + size > self.done + self._held:
+            raise DeltaError("an operation reads outside its file")
+        self.flush()
+        self.out.seek(offset)
+        found = self.out.read(size)
+        self.out.seek(0, os.SEEK_END)
+        if len(found) != size:
+            raise DeltaError("a file is shorter than it was")
+        return found
+
     def claim(self, size: int) -> None:
         """Raise DeltaError unless `size` more bytes belong to the file."""
         if self.done + self._held + size > self.size:
@@ -208,7 +222,9 @@ def apply(
     digest: str,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write the new file to `out`; it has `size` bytes and the sha256 `digest`. `progress` gets the bytes done.
+    """Write the new file to `out`, an empty file that can be read too; it has `size` bytes and the sha256 `digest`.
+
+    `progress` is told the bytes done.
 
     Raises DeltaError where the delta is damaged or the result is not what it should be; `out` is then worthless.
     """
@@ -228,15 +244,16 @@ def _run(delta: Slice, sources: Sequence[Slice], writer: _Writer, digest: str) -
         raise DeltaError("the delta's parts do not fill it")
     ops, bytes_, words, literals = (_Stream(run) for run in runs[:4])
     numbers, frames, frame_at = _Varints(ops), runs[4], 0
-    chosen, ends = 0, [0] * len(sources)
+    readable: list[Slice | _Writer] = [*sources, writer]
+    chosen, ends = 0, [0] * len(readable)
     while True:
         number = numbers.number()
         kind, size = number & 7, number >> 3
+        if kind == END:
+            break
         if kind == SOURCE:
             chosen = size
-            if chosen == len(sources):
-                break
-            if chosen > len(sources):
+            if chosen >= len(readable):
                 raise DeltaError("the delta reads a file that it does not have")
             continue
         writer.claim(size)
@@ -248,9 +265,7 @@ def _run(delta: Slice, sources: Sequence[Slice], writer: _Writer, digest: str) -
             for part in _pieces(size, _PIECE):
                 writer.write(_ZEROS[:part])
             continue
-        if not sources:
-            raise DeltaError("the delta reads a file that it does not have")
-        source, start = sources[chosen], ends[chosen] + numbers.signed()
+        source, start = readable[chosen], ends[chosen] + numbers.signed()
         if kind == COPY:
             for part in _pieces(size, _PIECE):
                 writer.write(source.read_at(start, part))
@@ -260,7 +275,7 @@ def _run(delta: Slice, sources: Sequence[Slice], writer: _Writer, digest: str) -
             for part in _pieces(size, _ADD_PIECE):
                 writer.write(add(source.read_at(start, part), stream.take(part), unit))
                 start += part
-        elif kind == PATCH:
+        else:
             frame, old = numbers.number(), numbers.number()
             if max(frame, old, size) > PATCH_LIMIT:
                 raise DeltaError("a patch of the delta is larger than allowed")
@@ -268,8 +283,6 @@ def _run(delta: Slice, sources: Sequence[Slice], writer: _Writer, digest: str) -
             frame_at += frame
             writer.write(unpatch(packed, source.read_at(start, old), size))
             start += old
-        else:
-            raise DeltaError("the delta has an unknown operation")
         ends[chosen] = start
     writer.flush()
     if not numbers.at_end() or frame_at != frames.size or not all(run.at_end() for run in (bytes_, words, literals)):

@@ -43,7 +43,7 @@ def apply_all(path: Path, old: making.ReleaseFiles | None, folder: Path) -> dict
         assert sha256(manifest).hexdigest() == opened.info.manifest
         for part in opened.info.parts[1:]:
             target = folder / part.digest
-            with target.open("wb") as out:
+            with target.open("w+b") as out:
                 opened.extract(
                     part, lambda digest: str(folder / digest if digest in made else old.files[digest] if old else ""), out
                 )

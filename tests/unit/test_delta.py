@@ -53,7 +53,11 @@ def round_trip(folder: Path, new: bytes, *olds: bytes) -> bytes:
 
 TREES = st.dictionaries(
     st.sampled_from([f"/lib/modules/6.12.{n}/a{i}.ko" for n in (1, 17) for i in range(4)] + ["/etc/b", "/etc/c"]),
-    st.one_of(st.binary(max_size=300), st.builds(lambda seed: random.Random(seed).randbytes(9000), st.integers(0, 5))),
+    st.one_of(
+        st.binary(max_size=300),
+        st.builds(lambda target: b"link:" + target, st.binary(min_size=1, max_size=40).filter(lambda name: 0 not in name)),
+        st.builds(lambda seed: random.Random(seed).randbytes(9000), st.integers(0, 5)),
+    ),
     max_size=8,
 )
 
@@ -104,6 +108,12 @@ def test_the_ram_disk_is_made_from_the_new_base(tmp_path: Path) -> None:
     modules = {f"/usr/lib/modules/6.12/{name}.ko": noise.randbytes(30_000) for name in "abc"}
     disk = initrd.pack([initrd.plain("lib/" + path.rpartition("/")[2], content) for path, content in modules.items()], 7)
     assert len(round_trip(tmp_path, disk, initrd.pack([], 7), image(modules))) < 400
+
+
+def test_a_file_that_is_there_twice_comes_once(tmp_path: Path) -> None:
+    noise = random.Random(8).randbytes(20_000)
+    packed = round_trip(tmp_path, image({"/bin/a": noise, "/bin/b": noise, "/bin/c": b"x" + noise}), image({"/bin/z": b"1"}))
+    assert len(packed) < 42_000
 
 
 def test_code_that_moved_is_made_of_differences(tmp_path: Path) -> None:
@@ -189,25 +199,25 @@ def program(*numbers: int, literals: bytes = b"", frames: bytes = b"") -> bytes:
     return bytes(head) + b"".join(runs)
 
 
-COPY, LITERAL, ZERO, SOURCE, PATCH = delta.COPY, delta.LITERAL, delta.ZERO, delta.SOURCE, delta.PATCH
+COPY, LITERAL, ZERO, SOURCE, PATCH, END = delta.COPY, delta.LITERAL, delta.ZERO, delta.SOURCE, delta.PATCH, delta.END
 
 
 @pytest.mark.parametrize(
     ("packed", "message"),
     [
         (program(), "end early"),
-        (program(5 << 3 | SOURCE), "does not have"),
-        (program(1 << 3 | COPY, 100 << 1, 1 << 3 | SOURCE), "outside its file"),
-        (program(1 << 3 | COPY, 3, 1 << 3 | SOURCE), "outside its file"),
-        (program((1 << 50) << 3 | ZERO, 1 << 3 | SOURCE), "more than it says"),
-        (program(4 << 3 | ZERO, 1 << 3 | SOURCE), "less than it says"),
-        (program(8 << 3 | LITERAL, 1 << 3 | SOURCE, literals=b"short"), "ends early"),
-        (program(8 << 3 | ZERO, 1 << 3 | SOURCE, literals=b"left"), "more than it uses"),
-        (program(8 << 3 | ZERO, 1 << 3 | SOURCE), "wrong digest"),
-        (program(8 << 3 | 7, 0, 1 << 3 | SOURCE), "unknown operation"),
-        (program(8 << 3 | PATCH, 0, 1 << 40, 3, 1 << 3 | SOURCE), "larger than allowed"),
-        (program(8 << 3 | PATCH, 0, 3, 3, 1 << 3 | SOURCE, frames=b"abc"), "damaged|size"),
-        (program(1 << 63, 1 << 3 | SOURCE), "too long"),
+        (program(5 << 3 | SOURCE, END), "does not have"),
+        (program(1 << 3 | COPY, 100 << 1, END), "outside its file"),
+        (program(1 << 3 | COPY, 3, END), "outside its file"),
+        (program((1 << 50) << 3 | ZERO, END), "more than it says"),
+        (program(4 << 3 | ZERO, END), "less than it says"),
+        (program(8 << 3 | LITERAL, END, literals=b"short"), "ends early"),
+        (program(8 << 3 | ZERO, END, literals=b"left"), "more than it uses"),
+        (program(8 << 3 | ZERO, END), "wrong digest"),
+        (program(4 << 3 | ZERO, 1 << 3 | SOURCE, 4 << 3 | COPY, 2, END), "outside its file"),
+        (program(8 << 3 | PATCH, 0, 1 << 40, 3, END), "larger than allowed"),
+        (program(8 << 3 | PATCH, 0, 3, 3, END, frames=b"abc"), "damaged|size"),
+        (program(1 << 63, END), "too long"),
         (b"", "no head"),
         (b"\xff" * 60, "no head"),
     ],
@@ -232,7 +242,7 @@ from appliance.node.delta import DeltaError, Slice, apply
 paths, size, digest = sys.argv[1:-2], int(sys.argv[-2]), sys.argv[-1]
 runs = [Slice(os.open(path, os.O_RDONLY), 0, os.stat(path).st_size) for path in paths]
 try:
-    with open(os.devnull, "wb") as out:
+    with open(sys.argv[1] + ".out", "w+b") as out:
         apply(runs[0], runs[1:], out, size, digest)
 except DeltaError as error:
     print(error)
