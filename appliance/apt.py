@@ -5,6 +5,8 @@ apt brings what a build needs of a downloader: signature checks, proxies and cre
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -115,20 +117,23 @@ class Apt:
 
 
 @contextmanager
-def private_apt(suite: str, mirrors: Mirrors, *, keyring: Path | None = KEYRING) -> Iterator[Apt]:
-    """A private apt for the suite, its updates and its security archive, in a folder that is removed at the end.
+def private_apt(
+    suite: str, mirrors: Mirrors, *, keyring: Path | None = KEYRING, cache: Path | None = None
+) -> Iterator[Apt]:
+    """A private apt for the suite, its updates and its security archive.
 
+    Its lists stay in `cache`, so that unchanged ones are not fetched again; one user of them at a time, others wait.
     `keyring` None trusts the mirrors without a signature: for the tests' own archives only.
     """
     if keyring is not None and not keyring.is_file():
         raise HostError(
             f"Debian's archive keys are missing ({keyring})", hint="install the package debian-archive-keyring"
         )
-    with TemporaryDirectory(prefix="samepage-apt-") as name:
-        folder = Path(name)
-        (folder / "lists" / "partial").mkdir(parents=True)
-        (folder / "archives" / "partial").mkdir(parents=True)
-        (folder / "status").touch()
+    identity = hashlib.sha256(repr((suite, sorted(mirrors.items()), keyring)).encode()).hexdigest()[:16]
+    with _folder(cache / "apt" / identity if cache else None) as folder:
+        (folder / "lists" / "partial").mkdir(parents=True, exist_ok=True)
+        (folder / "archives" / "partial").mkdir(parents=True, exist_ok=True)
+        (folder / "status").write_text("")
         trust = f"signed-by={keyring}" if keyring else "trusted=yes"
         suites = [(MAIN, suite), (MAIN, f"{suite}-updates"), (SECURITY, f"{suite}-security")]
         (folder / "sources.list").write_text(
@@ -136,6 +141,19 @@ def private_apt(suite: str, mirrors: Mirrors, *, keyring: Path | None = KEYRING)
         )
         (folder / "apt.conf").write_text(_CONFIGURATION.format(folder=folder, architecture=ARCHITECTURE))
         yield Apt(folder, mirrors)
+
+
+@contextmanager
+def _folder(kept: Path | None) -> Iterator[Path]:
+    """The kept folder, locked, or one that is removed at the end."""
+    if kept is None:
+        with TemporaryDirectory(prefix="samepage-apt-") as name:
+            yield Path(name)
+        return
+    kept.mkdir(parents=True, exist_ok=True)
+    with (kept / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield kept
 
 
 def update(apt: Apt) -> None:
@@ -173,6 +191,8 @@ Dir::State::status "{folder}/status";
 Dir::State::extended_states "{folder}/extended_states";
 Dir::Cache "{folder}";
 Dir::Cache::archives "{folder}/archives";
+Dir::Cache::pkgcache "{folder}/pkgcache.bin";
+Dir::Cache::srcpkgcache "{folder}/srcpkgcache.bin";
 Dir::Etc::SourceList "{folder}/sources.list";
 Dir::Etc::SourceParts "/dev/null";
 Dir::Etc::Preferences "/dev/null";

@@ -60,6 +60,8 @@ def code_of(module: ModuleType) -> str:
 
 def companions(built: Built, artifact: Artifact) -> dict[Path, bytes]:
     """The small files beside an image."""
+    from appliance.sbom import make_sbom
+
     image = artifact.path
 
     def beside(suffix: str) -> Path:
@@ -69,6 +71,7 @@ def companions(built: Built, artifact: Artifact) -> dict[Path, bytes]:
         image.with_name(image.name + ".sha256"): f"{artifact.sha256}  {image.name}\n".encode(),
         beside(".manifest.json"): built.release.manifest,
         beside(".packages.txt"): package_list(built.release),
+        beside(".sbom.json"): make_sbom(built.release, built.model),
     }
 
 

@@ -24,7 +24,7 @@ MODULES = "usr/lib/modules"
 # What init.sh uses of busybox; the kernel itself calls modprobe.
 APPLETS = (
     "cat", "chmod", "chroot", "cp", "cttyhack", "findfs", "grep", "head", "hexdump", "mkdir", "modprobe", "mount", "mv",
-    "reboot", "rmdir", "setsid", "sh", "sleep", "switch_root", "sync", "umount",
+    "poweroff", "reboot", "rmdir", "setsid", "sh", "sleep", "switch_root", "sync", "umount",
 )  # fmt: skip
 
 # What reaches the medium or the disk, and a keyboard for the installer, on QEMU, VirtualBox, VMware, Hyper-V and

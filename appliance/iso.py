@@ -86,10 +86,10 @@ def contents(release: Release, boot: Path, node: str = "") -> dict[str, Content]
 
 
 def write(release: Release, boot: Path, out: Path, *, node: str = "", progress: Progress | None = None) -> Artifact:
-    """Write the ISO of a release to `out`, with `<out>.sha256` and the manifest `<stem>.manifest.json` beside it.
+    """Write the ISO of a release to `out`; it appears there whole, or not at all.
 
     `boot` is the folder that bootloader.build filled; `node` says whose config layer to take where there are
-    nodes. Raises ApplianceError when the image cannot be written or does not read back as it was meant.
+    several. Raises ApplianceError when the image cannot be written or does not read back as it was meant.
     """
     files = contents(release, boot, node)
     hybrid = (boot / bootloader.HYBRID_MBR).read_bytes()
@@ -105,8 +105,6 @@ def write(release: Release, boot: Path, out: Path, *, node: str = "", progress: 
             digest = whole.result()
         temporary.chmod(0o644)
         size = temporary.stat().st_size
-        put_beside(out.with_name(f"{out.stem}.manifest.json"), release.manifest)
-        put_beside(out.with_name(f"{out.name}.sha256"), f"{digest}  {out.name}\n".encode())
         temporary.replace(out)
     except (PyCdlibException, OSError) as error:
         hint = f"look at the free space and the permissions of {out.parent}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -70,13 +71,18 @@ def check(lock: Lock, model: Model) -> None:
 
 
 def resolve(
-    wanted: Mapping[str, tuple[str, ...]], mirrors: Mirrors, *, suite: str = SUITE, keyring: Path | None = KEYRING
+    wanted: Mapping[str, tuple[str, ...]],
+    mirrors: Mirrors,
+    *,
+    suite: str = SUITE,
+    keyring: Path | None = KEYRING,
+    cache: Path | None = None,
 ) -> Lock:
-    """Resolve the wanted names against the archive as it is now.
+    """Resolve the wanted names against the archive as it is now; `cache` keeps its lists for the next time.
 
     Raises CommandError when the archive is out of reach or its signature is wrong, LockError when a name is unknown.
     """
-    with private_apt(suite, mirrors, keyring=keyring) as apt:
+    with private_apt(suite, mirrors, keyring=keyring, cache=cache) as apt:
         update(apt)
         dates = [
             line.partition(":")[2].strip()
@@ -101,12 +107,13 @@ def resolve(
                 )
             )
 
-        core = closure(["?essential", *wanted["core"]])
-        # naming the core's packages makes it a part of the full set whatever alternatives apt would rather take
-        full = closure(["?essential", *(package.name for package in core), *wanted["full"]])
-        tools = closure(wanted["tools"])
+        with ThreadPoolExecutor(1) as pool:
+            tools = pool.submit(closure, wanted["tools"])
+            core = closure(["?essential", *wanted["core"]])
+            # naming the core's packages makes it a part of the full set whatever alternatives apt would rather take
+            full = closure(["?essential", *(package.name for package in core), *wanted["full"]])
     epoch = max(int(parsedate_to_datetime(date).timestamp()) for date in dates)
-    return Lock(suite, epoch, frozen_map(dict(wanted)), frozen_map({"core": core, "full": full, "tools": tools}))
+    return Lock(suite, epoch, frozen_map(dict(wanted)), frozen_map({"core": core, "full": full, "tools": tools.result()}))
 
 
 def _parse_uri(line: str, mirrors: Mirrors) -> Package:

@@ -322,9 +322,11 @@ class Artifact:
 
 
 class ToolBox(Protocol):
-    """Programs of the tools root: `root` is its folder, `run` takes the keyword arguments of run.run."""
+    """Programs of the tools root: `root` is its folder; `env` is added to their environment."""
 
     @property
     def root(self) -> Path: ...
 
-    def run(self, program: str, *args: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]: ...
+    def run(
+        self, program: str, *arguments: str | Path, env: Mapping[str, str] | None = None, input: bytes | None = None
+    ) -> subprocess.CompletedProcess[bytes]: ...

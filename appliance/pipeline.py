@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import appliance
 from appliance import lock as locking
 from appliance.check import check_project
-from appliance.console import Console
+from appliance.console import Console, Progress
 from appliance.errors import LockError
 from appliance.model import Artifact, Layer, Lock, Model, Package, Release, RenderedTree, Wheel
 from appliance.store import Store, default_root
@@ -63,6 +63,9 @@ class Built:
     lock: Lock
     release: Release
     boot: Path  # folder of the boot files that the ISO and disks carry
+    tree: Rootfs
+    tools: Tools
+    store: Store
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -108,9 +111,18 @@ def build_disk(options: Options, console: Console, form: str) -> Output:
 
     def write() -> Artifact:
         with console.stage("disk", "its content changed") as progress:
-            return disk.write(built.release, built.boot, target, node=options.node, progress=progress)
+            return disk.write(built.release, built.boot, target, built.tools, node=options.node, progress=progress)
 
     return dist.publish(built, target, dist.code_of(disk), write, console)
+
+
+def build_container(options: Options, console: Console) -> tuple[Built, Path]:
+    """recipes -> ... -> container: the folder that a container engine's image is made from."""
+    from appliance import container
+
+    built = build_release(options, console)
+    tree = next(tree for tree in built.trees if options.node in ("", tree.node))
+    return built, container.make(built.release, tree, built.tree.tar, built.tools, built.store)
 
 
 def build_release(options: Options, console: Console) -> Built:
@@ -143,7 +155,8 @@ def assemble(options: Options, model: Model, trees: tuple[RenderedTree, ...], lo
     made = make_layers(options, model, trees, tree, toolbox, lock, store)
     kernel = make_kernel(tree, lock, store)
     boot = make_boot_files(toolbox, options.version, lock, store)
-    return Built(options, model, trees, lock, release.make(model, lock, made, kernel, lock.sets["full"]), boot)
+    made_release = release.make(model, lock, made, kernel, lock.sets["full"])
+    return Built(options, model, trees, lock, made_release, boot, tree, toolbox, store)
 
 
 def make_layers(
@@ -190,7 +203,7 @@ def relock(options: Options, model: Model, console: Console) -> Lock:
         old = None
     with console.stage("lock", "resolving the recipes' packages"):
         mirrors = find_mirrors(locking.SUITE, mirror=options.mirror, security=options.security_mirror)
-        lock = locking.resolve(locking.wanted(model), mirrors)
+        lock = locking.resolve(locking.wanted(model), mirrors, cache=options.cache)
     moved = locking.moves(old, lock)
     if old is not None:
         for move in moved:
@@ -255,11 +268,20 @@ class ReportingStore(Store):
     """A store whose steps appear as stages on the console, with the reason why each runs."""
 
     console: Console = field(default_factory=Console)
+    running: list[Progress] = field(default_factory=list)
 
     def step(self, name: str, inputs: Mapping[str, str], build: Callable[[Path], None]) -> Path:
         reason = self.explain(name, inputs)
         if not reason:
             self.console.reused(name)
             return Store.step(self, name, inputs, build)
-        with self.console.stage(name, reason):
-            return Store.step(self, name, inputs, build)
+        with self.console.stage(name, reason) as progress:
+            self.running.append(progress)
+            try:
+                return Store.step(self, name, inputs, build)
+            finally:
+                self.running.remove(progress)
+
+    def report(self, done: float, total: float, unit: str) -> None:
+        if self.running:
+            self.running[-1].update(done, total, unit)

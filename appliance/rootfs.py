@@ -7,17 +7,13 @@ ordinary user cannot see is read from file descriptors that are opened outside o
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
 import re
-import shutil
 import tarfile
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -26,12 +22,11 @@ from appliance.errors import ApplianceError, CommandError, HostError
 from appliance.lock import CORE_RECIPE
 from appliance.model import Lock, Model, Package, Recipe, User
 from appliance.run import run, stream
-from appliance.store import Store, digest_of_files, remove
+from appliance.store import Store, digest_of_files
 from appliance.tools import Obtain
+from appliance.workfolder import work_folder
 
 SCRIPTS = Path(__file__).parent / "chroot"
-RAM = Path("/dev/shm")
-RAM_NEEDED = 3_000_000_000  # bytes: the tree, the packages, and room to breathe
 _PLACE = "samepage-build"  # in the chroot, while it is built
 
 BOOT_PATTERNS = ("./boot/vmlinuz-*", "./usr/lib/modules", "./usr/bin/busybox", "./usr/lib/klibc", "./usr/lib/klibc-*")
@@ -162,7 +157,7 @@ def _build_core(lock: Lock, model: Model, obtain: Obtain, folder: Path, report: 
         "builds": [],
     }
     tar = folder / "core.tar"
-    with _work_folder() as work:
+    with work_folder() as work:
         _pack_repository(packages, obtain(packages), config, lock, work / "packages.tar")
         _mmdebstrap(
             lock,
@@ -212,7 +207,7 @@ def _build_tree(lock: Lock, model: Model, obtain: Obtain, core: Path, folder: Pa
         "users": users, "modules": _modules(model), "exclude": _excluded(model, core=False),
         "builds": [f"recipes/{recipe.name}/{recipe.build}" for recipe in model.recipes if recipe.build],
     }  # fmt: skip
-    with _work_folder() as work:
+    with work_folder() as work:
         _pack_repository(packages, obtain(packages), config, lock, work / "packages.tar", _builds(model))
         _mmdebstrap(
             lock,
@@ -250,11 +245,34 @@ _INSTALL = (
 )
 
 
+# The shell ends everything in its session when the builder does, even by SIGKILL.
+_GUARD = """\
+umask 022
+trap 'kill -KILL 0' TERM
+"$@" 8<"$SAMEPAGE_PACKAGES" 9<"$SAMEPAGE_CORE" >"$SAMEPAGE_OUT" &
+wait "$!"
+"""
+
+
 def _mmdebstrap(lock: Lock, work: Path, out: Path, core: Path | None, report: Report, *arguments: str) -> None:
-    mode = "root" if os.geteuid() == 0 else "unshare"
+    # root's mmdebstrap mounts into the host's namespace and outlives its parent: it gets namespaces that die with us
+    root = os.geteuid() == 0
+    apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"] if root else []
+    mode = "root" if root else "unshare"
     skip = f"--skip=check/empty,check/signed-by,cleanup/apt{',output/dev' if core is None else ''}"
     source = f"deb [trusted=yes] file:/{_PLACE} ./"
-    argv = ["mmdebstrap", "--verbose", f"--mode={mode}", "--format=tar", skip, *arguments, lock.suite, "-", source]
+    argv = [
+        *apart,
+        "mmdebstrap",
+        "--verbose",
+        f"--mode={mode}",
+        "--format=tar",
+        skip,
+        *arguments,
+        lock.suite,
+        "-",
+        source,
+    ]
     keep = ("PATH", "HOME", "USER", "LOGNAME")
     env = {name: os.environ[name] for name in keep if name in os.environ} | {
         "SOURCE_DATE_EPOCH": str(lock.epoch),
@@ -265,7 +283,6 @@ def _mmdebstrap(lock: Lock, work: Path, out: Path, core: Path | None, report: Re
         "SAMEPAGE_CORE": str(core or os.devnull),
         "SAMEPAGE_OUT": str(out),
     }
-    script = 'umask 022; exec "$@" 8<"$SAMEPAGE_PACKAGES" 9<"$SAMEPAGE_CORE" >"$SAMEPAGE_OUT"'
     lines: list[str] = []
     configured = 0
 
@@ -276,7 +293,13 @@ def _mmdebstrap(lock: Lock, work: Path, out: Path, core: Path | None, report: Re
             configured += 1
             report(configured)
 
-    status = stream(["sh", "-c", script, "sh", *argv], env=env, cwd=work, check=False, on_line=on_line)
+    status = stream(
+        ["setpriv", "--pdeathsig", "TERM", "sh", "-c", _GUARD, "sh", *argv],
+        env=env,
+        cwd=work,
+        check=False,
+        on_line=on_line,
+    )
     if status != 0:
         _explain("\n".join(lines), status, lock.suite)
 
@@ -326,7 +349,7 @@ def _pack_repository(
     with ThreadPoolExecutor() as pool:
         index = "\n".join(pool.map(stanza, packages))
     release = f"Suite: {lock.suite}\nCodename: {lock.suite}\n"
-    texts = {"Packages": index, "Release": release, "config.json": json.dumps(config)}
+    texts = {"Packages": index, "Release": release, "config.json": json.dumps({**config, "epoch": lock.epoch})}
     scripts = {file.name: file for file in SCRIPTS.iterdir() if file.is_file()}
     with tarfile.open(out, "w", format=tarfile.GNU_FORMAT) as tar:
         for package in packages:
@@ -347,55 +370,3 @@ def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
     """Readable for whoever the namespace's root is; what is executable stays so."""
     member.mode = 0o755 if member.mode & 0o100 else 0o644
     return member
-
-
-# --- where the tree stands while it is built -------------------------------------------------------------------------
-
-
-@contextmanager
-def _work_folder() -> Iterator[Path]:
-    """A folder in memory where that is plentiful (half the time of a disk), else in TMPDIR; gone at the end.
-
-    What killed builds left is removed first: nobody holds the lock in it any more.
-    """
-    base = _work_base()
-    for leftover in base.glob(f"samepage-build-{os.geteuid()}-*"):
-        with suppress(OSError), (leftover / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove_tree(leftover)
-    folder = Path(tempfile.mkdtemp(prefix=f"samepage-build-{os.geteuid()}-", dir=base))
-    folder.chmod(0o755)  # the namespace's root must get through
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield folder
-        finally:
-            _remove_tree(folder)
-
-
-def _work_base() -> Path:
-    chosen = os.environ.get("TMPDIR")
-    if (
-        chosen is None
-        and os.access(RAM, os.W_OK)
-        and min(shutil.disk_usage(RAM).free, _available_memory()) > RAM_NEEDED
-    ):
-        return RAM
-    return Path(chosen or "/tmp")
-
-
-def _available_memory() -> int:
-    found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
-    return int(found[1]) * 1024 if found else 0
-
-
-def _remove_tree(folder: Path) -> None:
-    """Remove a work folder; what the namespace's users own needs the namespace."""
-    try:
-        remove(folder)
-    except PermissionError:
-        run(
-            ["mmdebstrap", "--unshare-helper", "rm", "-rf", "--one-file-system", *sorted(folder.glob("mmdebstrap.*"))],
-            check=False,
-        )
-        remove(folder)

@@ -20,7 +20,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,7 +209,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
         return
     for folder, _, _ in os.walk(path):
-        Path(folder).chmod(0o700)
+        with suppress(PermissionError):  # another user's, and empty
+            Path(folder).chmod(0o700)
     shutil.rmtree(path)
 
 

@@ -16,7 +16,7 @@ from bench.workshop import Workshop, machine, open_workshop
 
 BENCHMARKS: dict[str, Callable[[Workshop], None]] = {
     "cold": builds.cold, "change": builds.change, "write": builds.write, "size": builds.size,
-    "mkosi": builds.beside_mkosi, "boot": boots.boot,
+    "mkosi": builds.beside_mkosi, "live": boots.live, "installed": boots.installed,
 }  # fmt: skip
 
 
@@ -29,8 +29,8 @@ BENCHMARKS: dict[str, Callable[[Workshop], None]] = {
 def main(names: tuple[str, ...], rounds: int, iso: Path | None, mirror: str, output: Path) -> None:
     """Measure the builder and the appliance beside plain mmdebstrap, mkosi and an untuned Debian VM.
 
-    NAMES are cold, change, write, size, mkosi and boot; all when none is given. Needs root for the peers. A missed goal
-    is shown, not an error; the exit status is 1 only when a benchmark could not run.
+    NAMES are cold, change, write, size, mkosi, live and installed; all when none is given. Needs root for the peers. A
+    missed goal is shown, not an error; the exit status is 1 only when a benchmark could not run.
     """
     console = Console()
     failures: dict[str, str] = {}

@@ -44,25 +44,29 @@ def cold(shop: Workshop) -> None:
 
 def change(shop: Workshop) -> None:
     """A filled cache: nothing changed, one template changed, one package added."""
-    shop.warm()
+    builder = shop.warm_builder()
     reference = median(walls(shop.cold))
-    nothing = [shop.builder.iso().cost for _ in range(AGAIN)]
-    template = []
-    for number in range(AGAIN):
-        shop.builder.change_template(f"change {number}")
-        template.append(shop.builder.iso().cost)
-    absent = [name for name in ADDED if name not in shop.packages]
-    package = []
-    for name in absent[: min(shop.rounds, 2)]:
-        shop.builder.add_package(name)
-        package.append(shop.builder.iso().cost)
+    nothing = [builder.iso().cost for _ in range(AGAIN)]
     shop.figures += [
         of_runs("change", "nothing", walls(nothing), "s", 1.0),
         of_runs("change", "nothing, CPU", cpus(nothing), "CPU s"),
+    ]
+    template = []
+    for number in range(AGAIN):
+        builder.change_template(f"change {number}")
+        template.append(builder.iso().cost)
+    shop.figures += [
         of_runs("change", "one template", walls(template), "s", 3.0),
         of_runs("change", "one template, CPU", cpus(template), "CPU s"),
         Figure("change", "one template to cold", median(walls(template)) / reference, "x", 0.05),
+    ]
+    package = []
+    for name in [name for name in ADDED if name not in shop.packages][: min(shop.rounds, 2)]:
+        builder.add_package(name)
+        package.append(builder.iso().cost)
+    shop.figures += [
         of_runs("change", "one package", walls(package), "s"),
+        of_runs("change", "one package, CPU", cpus(package), "CPU s"),
         Figure("change", "one package to cold", median(walls(package)) / reference, "x", 0.5),
     ]
 
@@ -90,20 +94,19 @@ def beside_mkosi(shop: Workshop) -> None:
 def size(shop: Workshop) -> None:
     """The ISO as built by default and with `--release`."""
     shop.figures.append(Figure("size", "ISO", shop.iso.stat().st_size / 1e6, "MB", 300.0))
-    shop.warm()
-    strong = shop.builder.iso("--release")
+    strong = shop.warm_builder().iso("--release")
     shop.figures.append(Figure("size", "ISO --release", strong.iso.stat().st_size / 1e6, "MB"))
     shop.figures.append(Figure("size", "packing strongly", strong.cost.wall, "s"))
 
 
 def write(shop: Workshop) -> None:
     """Writing and reopening the ISO beside the floor: copying and hashing as many bytes."""
-    iso = shop.warm().iso
+    iso, builder = shop.warm().iso, shop.builder
     ours: list[float] = []
     floor: list[float] = []
     for number in range(AGAIN):
-        shop.builder.change_template(f"rewrite {number}")
-        ours.append(shop.builder.iso().stage_seconds("iso"))
+        builder.change_template(f"rewrite {number}")
+        ours.append(builder.iso().stage_seconds("iso"))
         with scratch(shop.cache, "floor") as folder:
             script = 'cp --reflink=never "$1" "$2" && sha256sum "$2"'
             floor.append(measure(["sh", "-c", script, "floor", iso, folder / "copy"], log=folder / "log").wall)

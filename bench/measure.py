@@ -56,6 +56,7 @@ def measure(
             status, usage = _wait(process, started + timeout)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             raise
         wall = time.monotonic() - started
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -126,6 +126,11 @@ class Workshop:
             self.cold.append(self.builder.iso().cost)
         return self.builder.iso()
 
+    def warm_builder(self) -> Builder:
+        """The builder with a filled cache and nothing left to do."""
+        self.warm()
+        return self.builder
+
     @property
     def iso(self) -> Path:
         """The ISO to boot: the given one, or one that is built now."""

@@ -15,7 +15,7 @@ def make_deb(folder: Path, name: str, version: str = "1.0", fields: Sequence[str
     """A package with one file, built by dpkg-deb; returns its path in the pool."""
     tree = folder / "work" / f"{name}_{version}"
     (tree / "DEBIAN").mkdir(parents=True)
-    control = [f"Package: {name}", f"Version: {version}", "Architecture: all", "Maintainer: Test <test@example.invalid>"]
+    control = [f"Package: {name}", f"Version: {version}", "Architecture: all", "Maintainer: T <t@example.invalid>"]
     (tree / "DEBIAN/control").write_text("\n".join([*control, *fields, "Description: test"]) + "\n")
     (tree / f"usr/share/{name}").mkdir(parents=True)
     (tree / f"usr/share/{name}/content").write_text(content or f"{name} {version}\n")

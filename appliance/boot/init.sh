@@ -8,6 +8,7 @@
 #   samepage.data=N                  installed: the data subvolume that becomes /var
 #   samepage.install=interactive|auto  run the installer before anything else
 #   samepage.after=reboot|poweroff   what follows a finished installation
+#   samepage.onfail=wait|poweroff    what follows a failed one (default: the message stays until somebody presses Enter)
 #   samepage.wait=SECONDS            how long the medium or the disk may take to appear (default 60)
 #   samepage.debug                   trace this script, and give a shell where it fails
 
@@ -18,7 +19,7 @@ mount -t tmpfs -o mode=0755,nosuid,nodev,size=20%,nr_inodes=800k tmpfs /run
 mkdir -p /run/samepage/config /run/samepage/packed /run/credentials/@initrd
 chmod 0700 /run/credentials /run/credentials/@initrd
 
-mode='' release='' state='' data=1 install='' after=reboot wait=60 debug=''
+mode='' release='' state='' data=1 install='' after=reboot onfail=wait wait=60 debug=''
 read -r cmdline </proc/cmdline
 for word in $cmdline; do
     value=${word#*=}
@@ -29,6 +30,7 @@ for word in $cmdline; do
         samepage.data=*) data=$value ;;
         samepage.install=*) install=$value ;;
         samepage.after=*) after=$value ;;
+        samepage.onfail=*) onfail=$value ;;
         samepage.wait=*) wait=$value ;;
         samepage.debug) debug=yes; set -x ;;
     esac
@@ -189,16 +191,15 @@ fi || halt_with "the data subvolume $data cannot be mounted"
 cp "$store/releases/$release/release.json" /run/samepage/release.json
 echo "$mode" >/run/samepage/mode
 mount --move /mnt /sysroot/state
+[ -n "$install" ] && modprobe -qab btrfs crc32c_intel # the kernel cannot ask for them once /proc has moved
 for folder in dev proc sys run; do mount --move /$folder /sysroot/$folder; done
 
 if [ -n "$install" ]; then
     if chroot /sysroot /opt/samepage/bin/samepage-install --boot; then
-        [ "$after" = poweroff ] && chroot /sysroot /bin/busybox poweroff -f
-        chroot /sysroot /bin/busybox reboot -f
+        [ "$after" = poweroff ] && poweroff -f
+        reboot -f
     fi
-    echo
-    echo 'Nothing was installed. Press Enter for the live system, or switch the machine off.'
-    read -r _
+    [ "$onfail" = poweroff ] && poweroff -f
 fi
 
 exec switch_root /sysroot /usr/lib/systemd/systemd

@@ -7,7 +7,8 @@
 
 Standard library only, and no imports from the builder: the namespace's user may not be able to read its folder. Reads
 config.json beside itself: {"users": [{name, uid, home, groups, group_only}], "modules": [names], "exclude": [globs],
-"builds": [paths beside this file]}. What it can name ends with status 3 and one line per fault on stderr.
+"builds": [paths beside this file], "epoch": seconds}. What it can name ends with status 3 and one line per fault on
+stderr.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ SYSTEM_IDS = range(101, 1000)
 # Made by maintainer scripts unless they exist already: a secret, or different in every build. Removed again at the end.
 DECOYS = (
     "etc/ssh/ssh_host_rsa_key", "etc/ssh/ssh_host_ecdsa_key", "etc/ssh/ssh_host_ed25519_key",
-    "etc/ssl/certs/ssl-cert-snakeoil.pem", "etc/ssl/private/ssl-cert-snakeoil.key",
 )  # fmt: skip
 
 # Answers for packages that would write this host's name into their configuration, which the recipe writes anyway.
@@ -173,11 +173,16 @@ def finish(root: Path, config: Config) -> list[str]:
     for name in (*LEFTOVERS, *(glob.lstrip("/") for glob in config["exclude"])):
         for path in root.glob(name):
             remove(path)
+    for link in (root / "etc/ssl/certs").glob("*.0"):  # called by a hash of the host's name
+        if link.is_symlink() and link.readlink().name == "ssl-cert-snakeoil.pem":
+            link.unlink()
     documents(root)
     move_dpkg(root)
     links(root)
     faults = undeclared(root, config["users"]) + surprises(root)
     skeleton(root)
+    for path in [root / "etc", *(root / "etc").rglob("*")]:  # some tell when a maintainer script ran
+        os.utime(path, (config["epoch"], config["epoch"]), follow_symlinks=False)
     return faults
 
 

@@ -154,15 +154,32 @@ class Screen:
         self._cache = cache
         self._found: Mapping[str, object] = {}
         self._probed = float("-inf")
+        self._stamps: tuple[int, ...] = ()
+        self._text = ""
 
-    def text(self, now: float) -> str:
-        """The present text: the boot's own result once that is there, then a fresh one now and then."""
-        if not self._found:
-            self._found = status.read_json(health.HEALTH_FILE)
-            self._probed = now
-        elif now - self._probed >= max(PROBE_PAUSE, PROBE_SHARE * self._cache.seconds):
+    def text(self, now: float, *, news: bool = False) -> str:
+        """The present text; gathered again only when a file has changed, after `news`, or when a probing is due.
+
+        The health is the boot's own result first, then that of a probing every now and then.
+        """
+        due = bool(self._found) and now - self._probed >= max(PROBE_PAUSE, PROBE_SHARE * self._cache.seconds)
+        stamps = tuple(changed(file) for file in (health.HEALTH_FILE, status.LOGIN_FILE))
+        if due:
             self._found, self._probed = self._cache.get(), now
-        return status.console_text(status.node_facts(), self._found, status.read_json(status.LOGIN_FILE))
+        elif not self._found:
+            self._found, self._probed = status.read_json(health.HEALTH_FILE), now
+        if due or news or stamps != self._stamps or not self._text:
+            self._stamps = stamps
+            self._text = status.console_text(status.node_facts(), self._found, status.read_json(status.LOGIN_FILE))
+        return self._text
+
+
+def changed(file: str) -> int:
+    """When a file was last written, in nanoseconds; 0 when it is not there."""
+    try:
+        return os.stat(file).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def main() -> int:
@@ -176,9 +193,11 @@ def main() -> int:
     listener.setblocking(True)
     threading.Thread(target=serve, args=(listener, cache), daemon=True).start()
     terminals, screen = Terminals(passed.get(SCREEN), passed.get(SERIAL)), Screen(cache)
-    with addresses.watch_addresses() as news:
+    with addresses.watch_addresses() as watch:
+        news = False
         while True:
             now = time.monotonic()
-            terminals.show(screen.text(now), now)
-            if select.select([news], [], [], TICK)[0]:
-                news.recv(65536)
+            terminals.show(screen.text(now, news=news), now)
+            news = bool(select.select([watch], [], [], TICK)[0])
+            if news:
+                watch.recv(65536)

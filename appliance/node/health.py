@@ -17,9 +17,10 @@ from appliance.node.probes import Outcome, Probe, ProbeError, output_of, run_pro
 
 HEALTH_FOLDER = "/etc/samepage/health.d"
 HEALTH_FILE = "/run/samepage/health.json"
+NODE_FILE = "/etc/samepage/node.json"
 SELF_UNIT = "samepage-health.service"
 JOURNAL_LINES = 30
-STATES_EVERY = 3.0  # seconds between questions to systemd while connections are still refused
+DEAR_AFTER = 5.0  # seconds before programs are run while connections are still refused; then ever less often
 USAGE = """usage: samepage-health [--json] [--wait SECONDS] [--boot] [RECIPE...]
 
 Runs the node's health probes, or those of the recipes named.
@@ -147,29 +148,35 @@ def examine(recipes: Mapping[str, Sequence[Probe]], *, system: bool = True) -> H
 def settle(probes: Sequence[Probe], deadline: float) -> bool:
     """Wait until every probe has succeeded once, a unit has failed or the time is over; true for the first of these.
 
-    What has succeeded is not asked again, and systemd only now and then: a starting node has better things to do.
+    What has succeeded is not asked again, and what needs a program is asked less often while mere connections are still
+    refused: a starting node has better things to do.
     """
-    units = [probe for probe in probes if probe.kind == "unit"]
-    others = [probe for probe in probes if probe.kind != "unit"]
-    pause, ask_at = 0.25, 0.0
+    dear = [probe for probe in probes if probe.kind in ("unit", "command")]
+    cheap = [probe for probe in probes if probe not in dear]
+    pause, dear_pause = 0.25, DEAR_AFTER
+    dear_at = time.monotonic() + dear_pause
     while True:
-        outcomes = zip(others, run_probes(others, {}), strict=True)
-        others = [probe for probe, outcome in outcomes if not outcome.ok]
-        if not others or time.monotonic() >= ask_at:
+        cheap = unsuccessful(cheap, {})
+        if not cheap or time.monotonic() >= dear_at:
             states: Mapping[str, tuple[str, str]] = {}
             with contextlib.suppress(OSError):  # asked again, and told by the examination that follows
                 states = unit_states()
             if failed_units(states):
                 return False
-            units = [probe for probe, outcome in zip(units, run_probes(units, states), strict=True) if not outcome.ok]
-            ask_at = time.monotonic() + STATES_EVERY
-        if not others and not units:
+            dear = unsuccessful(dear, states)
+            dear_pause = min(dear_pause * 1.5, 3 * DEAR_AFTER)
+            dear_at = time.monotonic() + dear_pause
+        if not cheap and not dear:
             return True
         left = deadline - time.monotonic()
         if left <= 0:
             return False
         time.sleep(min(pause, left))
         pause = min(pause * 1.2, 1.0)
+
+
+def unsuccessful(probes: Sequence[Probe], states: Mapping[str, tuple[str, str]]) -> list[Probe]:
+    return [probe for probe, outcome in zip(probes, run_probes(probes, states), strict=True) if not outcome.ok]
 
 
 def wait_healthy(
@@ -189,7 +196,21 @@ def wait_healthy(
         time.sleep(0.25)
 
 
-def journal_of(units: Iterable[str], limit: int = 5) -> dict[str, list[str]]:
+def units_to_blame(health: Health, file: str = NODE_FILE) -> list[str]:
+    """Units whose journal may say why the node is not healthy: the bad ones, then all of each unhealthy recipe."""
+    try:
+        with open(file, encoding="utf-8") as stream:
+            known = json.load(stream)["units"].items()
+        units = [
+            name for name, unit in known
+            if "@" not in name and any(not outcome.ok for outcome in health.recipes.get(unit["recipe"], ()))
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        units = []  # the node's own description is what is broken
+    return list(dict.fromkeys([*health.bad_units, *units]))
+
+
+def journal_of(units: Iterable[str], limit: int = 6) -> dict[str, list[str]]:
     """The last journal lines of this boot of up to `limit` units, or in their place why they cannot be had."""
     lines: dict[str, list[str]] = {}
     for unit in list(units)[:limit]:
@@ -285,7 +306,13 @@ def chosen(recipes: dict[str, list[Probe]], names: Sequence[str]) -> dict[str, l
     return {name: recipes[name] for name in names} if names else recipes
 
 
-def main(words: Sequence[str] | None = None, *, folder: str = HEALTH_FOLDER, file: str = HEALTH_FILE) -> int:
+def main(
+    words: Sequence[str] | None = None,
+    *,
+    folder: str = HEALTH_FOLDER,
+    file: str = HEALTH_FILE,
+    node_file: str = NODE_FILE,
+) -> int:
     """The program; `words` default to the process's arguments. Returns the exit status."""
     try:
         arguments = Arguments(sys.argv[1:] if words is None else words)
@@ -298,7 +325,7 @@ def main(words: Sequence[str] | None = None, *, folder: str = HEALTH_FOLDER, fil
         return 64
     health, settled = wait_healthy(recipes, arguments.wait, system=not arguments.recipes)
     boot_seconds = round(settled, 2) if settled and arguments.boot and health.healthy else None
-    journal = {} if health.healthy else journal_of(health.bad_units)
+    journal = {} if health.healthy else journal_of(units_to_blame(health, node_file))
     result = {**health.as_json(boot_seconds), "journal": journal}
     if arguments.boot:
         write_json(file, {name: value for name, value in result.items() if name != "journal"})

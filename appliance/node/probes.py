@@ -82,7 +82,16 @@ def probe_unit(probe: Probe, states: Mapping[str, tuple[str, str]]) -> tuple[boo
         words = output_of(["systemctl", "show", "-p", "ActiveState", "-p", "SubState", "--value", probe.target]).split()
         state = (words[0], words[1]) if len(words) == 2 else ("unknown", "unknown")
     active, sub = state
+    if active == "inactive" and not_for_this_machine(probe.target):
+        return True, "its conditions leave it out here", False
     return active in ("active", "reloading"), f"{active} ({sub})", active == "failed"
+
+
+def not_for_this_machine(unit: str) -> bool:
+    """Whether systemd was asked to start the unit and its own conditions said no, as for the clock in a container."""
+    words = output_of(["systemctl", "show", "-p", "ConditionResult", "-p", "ConditionTimestampMonotonic", unit]).split()
+    known = dict(word.partition("=")[::2] for word in words)
+    return known.get("ConditionResult") == "no" and known.get("ConditionTimestampMonotonic", "0") != "0"
 
 
 # --- connections -----------------------------------------------------------------------------------------------------

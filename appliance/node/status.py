@@ -227,8 +227,10 @@ def status_page(facts: Mapping[str, object], found: Mapping[str, object]) -> str
     if isinstance(recipes, dict):
         groups |= {str(name): entry["probes"] for name, entry in recipes.items()}
     for name, probes in groups.items():
+        if not isinstance(probes, list) or not probes:
+            continue
         parts.append(f"<h2>{quote(name)}</h2><table>")
-        for probe in probes if isinstance(probes, list) else []:
+        for probe in probes:
             mark = "ok" if probe["ok"] else '<span class="no">failed</span>'
             parts.append(
                 f"<tr><th>{quote(str(probe['name']))}</th><td>{mark}, {quote(str(probe['detail']))}</td>"

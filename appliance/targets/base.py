@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -22,6 +23,7 @@ from appliance.model import frozen_map
 GUEST_PORTS = (22, 80, 443)
 RECORD = "node.json"
 REQUEST_FILE = "request.json"
+HOPELESS = (b"Freezing execution", b"Kernel panic", b"The appliance cannot start")
 HEALTH_FILE = "/run/samepage/health.json"
 
 State = Literal["running", "stopped", "absent"]
@@ -270,6 +272,9 @@ def wait_healthy(
             raise NodeError(
                 f"the node {instance.name!r} ended while it started\n{tail(instance.console_log)}", hint=LOGS_HINT
             )
+        if stopped(instance.console_log):
+            said = tail(instance.console_log)
+            raise NodeError(f"the node {instance.name!r} stopped while it started\n{said}", hint=LOGS_HINT)
         if left() <= 0:
             raise NodeError(
                 f"the node {instance.name!r} could not be reached within {deadline:.0f} s\n{tail(instance.console_log)}",
@@ -315,11 +320,21 @@ def judge(name: str, health: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def tail(file: Path, lines: int = 20) -> str:
+    """The last lines of a console, without what moves a terminal's cursor."""
     try:
-        text = file.read_bytes()[-8192:].decode(errors="replace")
+        text = file.read_bytes()[-16384:].decode(errors="replace")
     except OSError:
         return ""
-    return _indent("\n".join("".join(s for s in line if s.isprintable()) for line in text.splitlines()[-lines:]))
+    plain = re.sub(r"\x1b(\[[0-9;?]*[A-Za-z]|[()][A-Z0-9])|\r", "", text)
+    return _indent("\n".join([line for line in plain.splitlines() if line.strip()][-lines:]))
+
+
+def stopped(file: Path) -> bool:
+    """Whether the console says that the guest will never come up."""
+    try:
+        return any(sign in file.read_bytes()[-16384:] for sign in HOPELESS)
+    except OSError:
+        return False
 
 
 def _indent(text: str) -> str:

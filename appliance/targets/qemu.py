@@ -154,8 +154,7 @@ class Qemu(Target):
     def down(self, instance: Instance) -> None:
         marker = str(instance.folder)
         sockets = Path(instance.details["sockets"])
-        if (sockets / "ssh").exists():
-            run(["ssh", "-F", instance.folder / "ssh_config", "-O", "exit", instance.name], check=False, timeout=10)
+        self.hang_up(instance)
         pid = _pid(instance.folder)
         if pid and process_runs(pid, marker):
             with suppress(NodeError), Qmp(sockets / "qmp", timeout=5) as qmp:
@@ -165,6 +164,11 @@ class Qemu(Target):
                     os.kill(pid, signal.SIGKILL)
                 wait_for_end(pid, marker, 10)
         shutil.rmtree(sockets, ignore_errors=True)
+
+    def hang_up(self, instance: Instance) -> None:
+        """End the shared ssh connection, which does not notice a restart of the node by itself."""
+        if (Path(instance.details["sockets"]) / "ssh").exists():
+            run(["ssh", "-F", instance.folder / "ssh_config", "-O", "exit", instance.name], check=False, timeout=10)
 
     def state(self, instance: Instance) -> State:
         pid = _pid(instance.folder)
@@ -312,7 +316,7 @@ def kernel_of_iso(iso: Path, folder: Path) -> tuple[Path, Path, str]:
         names = [
             entry.rock_ridge.name().decode() for entry in image.list_children(rr_path=releases) if entry.rock_ridge
         ]
-        version = next(name for name in names if name)
+        version = next(name for name in names if name not in (".", ".."))
         record = io.BytesIO()
         image.get_file_from_iso_fp(record, rr_path=f"{releases}/{version}/release.json")
         kernel = parse(record.getvalue()).kernel

@@ -99,18 +99,17 @@ def make_request(
 
     options = pipeline.Options(project=session.project, layout=session.layout)
     kind = "disk" if image and image.suffix in (".raw", ".qcow2", ".img") else "install" if installed else "iso"
-    layers: dict[str, str] = {}
     if target_name == "docker":
-        kind, built = "layers", pipeline.build_layers(options, session.console)
+        kind = "layers"
+        built, image = pipeline.build_container(options, session.console)
         memory = memory or built.model.nodes[0].memory
-        layers = {layer.kind: str(layer.image) for layer in built.layers}
     elif image is None:
         result = pipeline.build_iso(options, session.console)
         image = result.artifact.path
         memory = memory or result.model.nodes[0].memory
     return base.Request(
         name=name, image=image or Path(), kind=kind, memory=memory or 2048, firmware=firmware,  # type: ignore[arg-type]
-        credentials=credentials, deadline=timeout, hardware=layers,
+        credentials=credentials, deadline=timeout,
     )  # fmt: skip
 
 
@@ -156,7 +155,7 @@ def show(session: Session, target: base.Target, instance: base.Instance, health:
     option = "" if instance.name == DEFAULT_NAME else f" --name {instance.name}"
     session.console.result(f"  log in   ./build.py ssh{option}")
     if login:
-        session.console.result(f"  sign in  {login.get('login')} with the one-time password {login.get('password')}")
+        session.console.result(f"  sign in  {login.get('user')} with the one-time password {login.get('password')}")
     session.console.result(f"  end it   ./build.py down{option}")
 
 
@@ -267,3 +266,41 @@ def running(session: Session, name: str) -> tuple[base.Target, base.Instance]:
             f"the node {name!r} does not run any more", hint=f"remove it with: ./build.py down --name {name}"
         )
     return target, instance
+
+
+@verb("verify", "verify nginx postgresql", "verify --host ssh://root@10.0.0.5 -k certificate")
+@name_option
+@click.option("--host", help="Verify this host instead, in testinfra's notation, e.g. ssh://root@10.0.0.5.")
+@click.option("-k", "keyword", default="", help="Only checks whose name matches, in pytest's notation.")
+@click.option("--output-dir", type=click.Path(file_okay=False, path_type=Path), help="Folder of the reports; dist/verify by default.")
+@click.option("--timeout", type=click.FloatRange(1), default=180.0, show_default=True, help="Seconds until the node must be healthy.")
+@click.option("--check-timeout", type=click.FloatRange(1), default=60.0, show_default=True, help="Seconds each check may take.")
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+@click.argument("recipes", nargs=-1)
+@pass_session
+def verify(
+    session: Session, name: str, host: str | None, keyword: str, output_dir: Path | None, timeout: float, check_timeout: float,
+    as_json: bool, recipes: tuple[str, ...],
+) -> int:  # fmt: skip
+    """Run the recipes' checks on a node and write the reports; exit status 1 when one is red."""
+    from appliance.verify import VerifyRequest
+    from appliance.verify import verify as run_checks
+
+    options: tuple[str, ...] = ()
+    steps = None
+    if host is None:
+        target, instance = running(session, name)
+        host, options = target.connection(instance)
+        steps = instance.folder / "steps.json"
+    done = run_checks(
+        VerifyRequest(
+            project=session.project, host=host, options=options, steps=steps, output=output_dir or session.project / "dist" / "verify",
+            recipes=recipes, keyword=keyword, health_deadline=timeout, check_deadline=check_timeout, quiet=as_json,
+        ),
+        session.console,
+    )  # fmt: skip
+    if as_json:
+        session.console.result_json(done.summary())
+    else:
+        session.console.note(f"report: {done.page}")
+    return 0 if done.ok else 1

@@ -13,6 +13,7 @@ SLICE = 20.0  # seconds the node waits in one command, so that a lost connection
 HEALTH_COMMAND = "/opt/samepage/bin/samepage-health"
 NODE_FILE = "/etc/samepage/node.json"
 RELEASE_FILE = "/run/samepage/release.json"
+CONTAINER_FILE = "/run/systemd/container"
 
 
 class CommandResult(Protocol):
@@ -38,6 +39,7 @@ class Gate:
     health: Mapping[str, Any] = field(default_factory=dict)
     node: Mapping[str, Any] = field(default_factory=dict)
     release: str = ""
+    container: bool = False  # the node has its host's kernel, disks and clock
 
     @property
     def reached(self) -> bool:
@@ -72,7 +74,8 @@ def pass_gate(host: Host, deadline: float, *, command: str = HEALTH_COMMAND, nod
     ok = bool(health["healthy"])
     detail = "" if ok else describe(health, seconds)
     node, release = _read(host, node_file), _read(host, RELEASE_FILE)
-    return Gate(start, time.time(), ok, detail, health, node, str(release.get("version", "")))
+    container = host.run("test -e %s", CONTAINER_FILE).rc == 0
+    return Gate(start, time.time(), ok, detail, health, node, str(release.get("version", "")), container)
 
 
 def _read(host: Host, file: str) -> dict[str, Any]:

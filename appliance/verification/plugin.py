@@ -31,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs(*recipes): leave the check out while one of these recipes is not healthy")
+    config.addinivalue_line("markers", "machine: leave the check out on a node that is a container")
     file = config.getoption("--verification")
     if file:
         config.pluginmanager.register(Verification(read_plan(Path(file))), "samepage-verification")
@@ -113,6 +114,8 @@ class Verification:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if item.get_closest_marker("machine") and self.gate and self.gate.container:
+            pytest.skip("a container has its host's kernel, disks and clock")
         for mark in item.iter_markers("needs"):
             for name in mark.args:
                 reason = self._why_down(name)

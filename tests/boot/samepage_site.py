@@ -118,7 +118,9 @@ class Site:
 
     def invitation(self, recipient: str, count: int = 1) -> str:
         """The link in the latest invitation."""
-        return re.findall(r"https://\S+", self.mails(recipient, count)[-1].get_content())[0]
+        found = re.search(r"https://\S+", self.mails(recipient, count)[-1].get_content())
+        assert found is not None
+        return found[0]
 
 
 T = TypeVar("T")

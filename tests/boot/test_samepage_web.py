@@ -42,7 +42,9 @@ class Page:
 
     def wait(self, shown: str) -> WebElement:
         """The first visible element for a CSS selector, as soon as there is one."""
-        return WebDriverWait(self.driver, TIMEOUT, 0.1).until(lambda _: self._visible(shown), f"no {shown} was shown")
+        found = WebDriverWait(self.driver, TIMEOUT, 0.1).until(lambda _: self._visible(shown), f"no {shown} was shown")
+        assert found is not None
+        return found
 
     def wait_text(self, css: str, text: str) -> None:
         def there(_: object) -> bool:
@@ -82,7 +84,8 @@ class Page:
 
     def complaints(self) -> list[str]:
         """What the browser's console holds against the page."""
-        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+        entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
+        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
 
     def _visible(self, css: str) -> WebElement | None:
         return next((one for one in self.driver.find_elements(By.CSS_SELECTOR, css) if one.is_displayed()), None)

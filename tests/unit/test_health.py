@@ -201,6 +201,20 @@ def test_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome("unit", "alias.service") == (True, "active (exited)")
 
 
+@pytest.mark.parametrize(
+    ("answer", "ok"),
+    [
+        ("ConditionResult=no\nConditionTimestampMonotonic=81234\n", True),  # asked for, and left out
+        ("ConditionResult=no\nConditionTimestampMonotonic=0\n", False),  # never asked for
+        ("ConditionResult=yes\nConditionTimestampMonotonic=81234\n", False),  # ran, and stopped
+    ],
+)
+def test_unit_left_out_by_its_own_conditions(monkeypatch: pytest.MonkeyPatch, answer: str, ok: bool) -> None:
+    monkeypatch.setattr(probes, "output_of", lambda _argv: answer)
+    found = run_probe(probe("unit", "clock.service"), {"clock.service": ("inactive", "dead")})
+    assert (found.ok, found.fatal) == (ok, False)
+
+
 def test_list_of_units() -> None:
     listing = "\N{BLACK CIRCLE} bad.service loaded failed failed Some thing\n"
     listing += "  up.service loaded active running Words here\nx\n\n"
@@ -312,7 +326,8 @@ def manager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, tuple[
 
 
 def run(folder: Path, *words: str) -> int:
-    return health.main(words, folder=str(folder), file=str(folder.parent / "health.json"))
+    above = folder.parent
+    return health.main(words, folder=str(folder), file=str(above / "health.json"), node_file=str(above / "node.json"))
 
 
 def test_healthy(folder: Path, manager: dict[str, tuple[str, str]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,13 +350,16 @@ def test_not_healthy(folder: Path, manager: dict[str, tuple[str, str]], capsys: 
     manager["off.service"] = ("inactive", "dead")
     write(folder, "a", command("one", "exit 7"), {"name": "two", "kind": "unit", "target": "off.service"})
     write(folder, "b", command("one", "true"))
+    units = {"worker.service": {"recipe": "a"}, "off.service": {"recipe": "a"}, "fine.service": {"recipe": "b"}}
+    (folder.parent / "node.json").write_text(json.dumps({"units": units}))
     assert run(folder, "--json") == 1
     found = json.loads(capsys.readouterr().out)
     assert not found["healthy"]
     assert found["hopeless"]
     assert found["recipes"]["b"]["healthy"]
     assert found["recipes"]["a"]["probes"][0]["detail"] == "status 7"
-    assert found["journal"] == {"bad.service": ["line of bad.service"], "off.service": ["line of off.service"]}
+    blamed = ["bad.service", "off.service", "worker.service"]
+    assert found["journal"] == {unit: [f"line of {unit}"] for unit in blamed}
     assert run(folder, "b") == 0  # the node as a whole is not asked for then
     assert run(folder) == 1
     assert "  | line of bad.service" in capsys.readouterr().out

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 from archives import EPOCH, make_deb, publish
@@ -11,11 +12,10 @@ from hypothesis import strategies as st
 
 from appliance import lock as locking
 from appliance.apt import find_mirrors
-from appliance.errors import CommandError, HostError, LockError
+from appliance.errors import CommandError, Faults, HostError, LockError
 from appliance.layout import load_layout
 from appliance.model import Lock, Model, Package
 from appliance.recipes import load_recipes
-from appliance.errors import Faults
 
 WANTED = {"core": ("kernel",), "full": ("app", "kernel"), "tools": ("tool",)}
 
@@ -51,7 +51,10 @@ def test_resolves_closures_without_recommendations(mirrors: dict[str, str]) -> N
 def test_states_where_each_package_is_and_what_it_is(mirrors: dict[str, str]) -> None:
     helper = resolve(mirrors).sets["core"][1]
     assert (helper.name, helper.version, helper.architecture) == ("helper", "1:2.0~rc1+b1", "all")
-    assert (helper.archive, helper.path) == ("debian", "pool/main/h/helper/helper_1:2.0~rc1+b1_all.deb".replace(":", "%3a"))
+    assert (helper.archive, helper.path) == (
+        "debian",
+        "pool/main/h/helper/helper_1:2.0~rc1+b1_all.deb".replace(":", "%3a"),
+    )
     assert helper.size > 0
     assert len(helper.sha256) == 64
 
@@ -96,16 +99,18 @@ PACKAGES = st.builds(
     version=st.from_regex(r"([0-9]:)?[0-9][A-Za-z0-9.+~]{0,8}(-[0-9]+)?", fullmatch=True),
     architecture=st.sampled_from(["amd64", "all"]),
     archive=st.sampled_from(["debian", "debian-security"]),
-    path=st.from_regex(r"pool/[a-z]{1,8}/[a-z0-9_.%+~-]{1,12}deb", fullmatch=True).filter(lambda path: ".." not in path),
+    path=st.from_regex(r"pool/[a-z]{1,8}/[a-z0-9_.%+~-]{1,12}deb", fullmatch=True).filter(
+        lambda path: ".." not in path
+    ),
     size=st.integers(0, 10**9),
     sha256=st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
 )
 
 
 @given(st.lists(PACKAGES, max_size=6, unique_by=lambda package: package.name), st.randoms(use_true_random=False))
-def test_reading_gives_what_was_written(packages: list[Package], random: object) -> None:
+def test_reading_gives_what_was_written(packages: list[Package], chance: Random) -> None:
     packages.sort(key=lambda package: package.name)
-    chosen = [tuple(package for package in packages if random.random() < 0.6) for _ in locking.SETS]  # type: ignore[attr-defined]
+    chosen = [tuple(package for package in packages if chance.random() < 0.6) for _ in locking.SETS]
     lock = Lock("trixie", 1, dict.fromkeys(locking.SETS, ("a",)), dict(zip(locking.SETS, chosen, strict=True)))
     text = locking.format_lock(lock)
     data = json.loads(text)
@@ -125,7 +130,7 @@ def read(text: str) -> Lock:
 LOCK = Lock(
     "trixie",
     EPOCH,
-    {name: ("a",) for name in locking.SETS},
+    dict.fromkeys(locking.SETS, ("a",)),
     {name: (Package("a", "1", "all", "debian", "pool/a.deb", 3, "0" * 64),) for name in locking.SETS},
 )
 
@@ -223,7 +228,10 @@ def test_what_moved() -> None:
 
 
 def test_a_named_mirror_wins() -> None:
-    environ = {"SAMEPAGE_MIRROR": "http://one.invalid/debian/", "SAMEPAGE_SECURITY_MIRROR": "http://two.invalid/security"}
+    environ = {
+        "SAMEPAGE_MIRROR": "http://one.invalid/debian/",
+        "SAMEPAGE_SECURITY_MIRROR": "http://two.invalid/security",
+    }
     assert find_mirrors("trixie", environ=environ) == {
         "debian": "http://one.invalid/debian",
         "debian-security": "http://two.invalid/security",
@@ -255,7 +263,10 @@ def test_the_hosts_apt_comes_before_mmdebstraps_default(
 ) -> None:
     import subprocess
 
-    default = b"deb http://default.invalid/debian s main\ndeb [signed-by=/k] http://default.invalid/security s-security main\n"
+    default = (
+        b"deb http://default.invalid/debian s main\n"
+        b"deb [signed-by=/k] http://default.invalid/security s-security main\n"
+    )
 
     def fake(argv: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
         out, err = (targets.encode(), b"") if argv[0] == "apt-get" else (b"", default)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -16,7 +17,7 @@ from samepage import rpc
 async def serve(request: rpc.Request) -> Any:
     """The methods of the specification's examples."""
     if request.method == "subtract":
-        if isinstance(request.params, dict):
+        if isinstance(request.params, Mapping):
             return request.params["minuend"] - request.params["subtrahend"]
         return request.params[0] - request.params[1]
     if request.method == "sum":
@@ -131,6 +132,7 @@ def test_calls_of_a_batch_run_in_their_order() -> None:
     order: list[int] = []
 
     async def slow_first(request: rpc.Request) -> None:
+        assert isinstance(request.params, list)
         number = request.params[0]
         await asyncio.sleep(0.02 if number == 0 else 0)
         order.append(number)

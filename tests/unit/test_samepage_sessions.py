@@ -40,17 +40,19 @@ class Memory:
             self.values[name] = (value, self.now + ex)
         return value
 
-    async def get(self, name: str) -> str | None:
-        return self._alive(name)
-
     async def delete(self, *names: str) -> None:
         for name in names:
             self.values.pop(name, None)
 
-    async def incr(self, name: str) -> None:
+    async def incr(self, name: str) -> int:
         value = self._alive(name)
         end = self.values[name][1] if value is not None else None
         self.values[name] = (str(int(value or 0) + 1), end)
+        return int(value or 0) + 1
+
+    async def decr(self, name: str) -> None:
+        value, end = self.values[name]
+        self.values[name] = (str(int(value) - 1), end)
 
     async def expire(self, name: str, time: int, *, nx: bool) -> None:
         value, end = self.values[name]
@@ -113,37 +115,52 @@ def test_other_cookies_are_no_session(header: str) -> None:
 def test_the_brake_holds_one_login_from_one_address(store: Memory) -> None:
     brake, rule = Brake(store), LOGIN_RULES["pair"]
     for _ in range(rule.most):
-        assert do(brake.wait("ann", "10.0.0.1")) == 0
-        do(brake.failed("ann", "10.0.0.1"))
-    assert do(brake.wait("ann", "10.0.0.1")) == rule.window
-    assert do(brake.wait("ann", "10.0.0.2")) == 0, "somebody else cannot lock Ann out"
-    assert do(brake.wait("bob", "10.0.0.1")) == 0
+        assert do(brake.enter("ann", "10.0.0.1")) == 0
+    assert do(brake.enter("ann", "10.0.0.1")) == rule.window
+    assert do(brake.enter("ann", "10.0.0.2")) == 0, "somebody else cannot lock Ann out"
+    assert do(brake.enter("bob", "10.0.0.1")) == 0
     store.now += rule.window - 1
-    assert do(brake.wait("ann", "10.0.0.1")) == 1
+    assert do(brake.enter("ann", "10.0.0.1")) == 1, "attempts do not lengthen the wait"
     store.now += 1
-    assert do(brake.wait("ann", "10.0.0.1")) == 0
+    assert do(brake.enter("ann", "10.0.0.1")) == 0
 
 
-def test_attempts_do_not_lengthen_the_wait(store: Memory) -> None:
+def test_attempts_at_the_same_time_are_all_counted(store: Memory) -> None:
     brake = Brake(store)
-    do(brake.failed("ann", "a"))
-    store.now += 600
-    for _ in range(4):
-        do(brake.failed("ann", "a"))
-    assert do(brake.wait("ann", "a")) == LOGIN_RULES["pair"].window - 600
+
+    async def at_once() -> list[int]:
+        return list(await asyncio.gather(*(brake.enter("ann", "a") for _ in range(40))))
+
+    assert do(at_once()).count(0) == LOGIN_RULES["pair"].most
 
 
-def test_success_forgets_the_pair_but_not_the_address(store: Memory) -> None:
+def test_signing_in_is_no_guess(store: Memory) -> None:
     brake = Brake(store)
-    for number in range(LOGIN_RULES["address"].most):
-        do(brake.failed(f"guess{number}", "a"))
-    do(brake.succeeded("guess0", "a"))
-    assert do(brake.wait("guess0", "a")) > 0
-    assert do(brake.wait("guess0", "b")) == 0
+    for _ in range(3 * LOGIN_RULES["login"].most):
+        assert do(brake.enter("ann", "a")) == 0
+        do(brake.succeeded("ann", "a"))
+
+
+def test_success_does_not_wipe_out_other_guesses_of_the_address(store: Memory) -> None:
+    brake, most = Brake(store), LOGIN_RULES["address"].most
+    for number in range(most - 1):
+        assert do(brake.enter(f"guess{number}", "a")) == 0
+    do(brake.enter("eve", "a"))
+    do(brake.succeeded("eve", "a"))
+    assert do(brake.enter("next", "a")) == 0
+    assert do(brake.enter("last", "a")) == LOGIN_RULES["address"].window
+    assert do(brake.enter("last", "b")) == 0
+
+
+def test_guessing_from_one_address_locks_nobody_else_out(store: Memory) -> None:
+    brake = Brake(store)
+    for _ in range(10 * LOGIN_RULES["login"].most):
+        do(brake.enter("ann", "villain"))
+    assert do(brake.enter("ann", "home")) == 0
 
 
 def test_guessing_one_login_from_everywhere_is_braked_too(store: Memory) -> None:
     brake = Brake(store)
     for number in range(LOGIN_RULES["login"].most):
-        do(brake.failed("ann", f"address {number}"))
-    assert do(brake.wait("ann", "fresh")) == LOGIN_RULES["login"].window
+        assert do(brake.enter("ann", f"address {number}")) == 0
+    assert do(brake.enter("ann", "fresh")) == LOGIN_RULES["login"].window

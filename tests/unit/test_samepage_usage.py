@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 import pytest
 from samepage.usage import Metered, Usage, current, in_thread
+
+T = TypeVar("T")
 
 
 def burn(milliseconds: int) -> None:
@@ -26,7 +30,7 @@ def test_interleaved_calls_pay_for_themselves() -> None:
     async def run() -> tuple[Usage, Usage]:
         little, much = Usage(), Usage()
         results = await asyncio.gather(_await(busy(5), little), _await(busy(40), much))
-        assert results == [5, 40]
+        assert tuple(results) == (5, 40)
         return little, much
 
     little, much = asyncio.run(run())
@@ -34,8 +38,8 @@ def test_interleaved_calls_pay_for_themselves() -> None:
     assert 80e6 <= much.cpu < 150e6
 
 
-async def _await(coroutine: object, usage: Usage) -> object:
-    return await Metered(coroutine, usage)  # type: ignore[arg-type]
+async def _await(coroutine: Coroutine[Any, Any, T], usage: Usage) -> T:
+    return await Metered(coroutine, usage)
 
 
 def test_waiting_costs_no_cpu() -> None:
@@ -63,7 +67,7 @@ def test_errors_and_cancellations_pass_through() -> None:
             cleaned.append(True)
 
     async def cancel() -> None:
-        task = asyncio.create_task(_await(patient(), usage))  # type: ignore[arg-type]
+        task = asyncio.create_task(_await(patient(), usage))
         await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -18,7 +18,7 @@ from appliance.verification.junit import clean, junit_xml
 from appliance.verification.page import duration, html_page
 from appliance.verification.results import Check, Results, Step, append, gather, read_steps
 from appliance.verification.steps import record_step
-from appliance.verify import JUNIT, PAGE, SUMMARY, Verification, VerifyError, VerifyRequest, verify
+from appliance.verify import JUNIT, PAGE, SUMMARY, Verification, VerifyError, VerifyRequest, shared_ssh, verify
 
 CHECKS = {
     "alpha": '''
@@ -96,8 +96,7 @@ class Project:
 
     def verify(self, **changes: object) -> Verification:
         settings: dict[str, object] = {"health_deadline": 0.0, "check_deadline": 20.0, "quiet": True, **changes}
-        settings.setdefault("health_command", self.write_health())
-        settings["health_command"] = str(settings["health_command"])
+        settings["health_command"] = str(changes.get("health_command") or self.write_health())
         settings["node_file"] = str(self.folder / "node.json")
         request = VerifyRequest(self.folder, "local://", self.folder / "out", **settings)  # type: ignore[arg-type]
         return verify(request, Console(style="none"))
@@ -163,6 +162,19 @@ def test_a_check_may_set_its_own_deadline(project: Project) -> None:
     text = "import pytest\n@pytest.mark.timeout(30)\ndef test_slow(host):\n    assert host.run('sleep 2').rc == 0\n"
     project.check("beta", text, "test_slow.py")
     assert project.verify(check_deadline=1.0).ok
+
+
+@pytest.mark.parametrize(("container_file", "expected"), [("/", "skipped"), ("/nowhere", "failed")])
+def test_checks_of_a_machine_are_left_out_in_a_container(
+    project: Project, monkeypatch: pytest.MonkeyPatch, container_file: str, expected: str
+) -> None:
+    text = "import pytest\n@pytest.mark.machine\ndef test_disk(host):\n    assert False\n"
+    project.check("beta", text, "test_disk.py")
+    monkeypatch.setenv("PYTHONPATH", str(project.folder))
+    (project.folder / "sitecustomize.py").write_text(
+        f"import appliance.verification.gate\nappliance.verification.gate.CONTAINER_FILE = {container_file!r}\n"
+    )
+    assert outcomes(project.verify()) == {**GREEN, "beta.test_disk": expected}
 
 
 def test_filters(project: Project) -> None:
@@ -242,7 +254,7 @@ def test_the_gate_keeps_trying_while_the_node_starts() -> None:
     class Starting:
         def run(self, command: str, *args: str) -> Answer:
             if args:
-                assert command == "cat %s"
+                assert command in ("cat %s", "test -e %s")
                 return Answer(0, '{"name": "n", "version": "7"}')
             answer = answers.pop(0)
             if isinstance(answer, Exception):
@@ -252,7 +264,31 @@ def test_the_gate_keeps_trying_while_the_node_starts() -> None:
     gate = pass_gate(Starting(), 20, pause=0.01)
     assert gate.ok
     assert gate.release == "7"
+    assert gate.container
     assert answers == []
+
+
+# --- the connection --------------------------------------------------------------------------------------------------
+
+
+def test_ssh_shares_one_connection_and_keeps_what_was_configured(tmp_path: Path) -> None:
+    given = tmp_path / "given config"
+    given.write_text("Host n1\n  HostName 192.0.2.1\n  Port 2222\n  User root\n  BatchMode no\n")
+    options = ("--ssh-config=" + str(given), "--sudo")
+    request = VerifyRequest(tmp_path, "ssh://n1", tmp_path, options=options)
+    with shared_ssh(request, tmp_path) as found:
+        assert found[0] == "--sudo"
+        file = found[1].removeprefix("--ssh-config=")
+        asked = subprocess.run(["ssh", "-G", "-F", file, "n1"], capture_output=True, text=True, check=True).stdout
+    settings = dict(line.split(" ", 1) for line in asked.splitlines())
+    assert (settings["hostname"], settings["port"], settings["user"]) == ("192.0.2.1", "2222", "root")
+    assert (settings["controlmaster"], settings["batchmode"], settings["serveraliveinterval"]) == ("auto", "no", "10")
+    assert settings["controlpath"].startswith(f"{tmp_path}/")
+
+
+def test_other_connections_are_left_alone(tmp_path: Path) -> None:
+    with shared_ssh(VerifyRequest(tmp_path, "docker://n1", tmp_path, options=("--x",)), tmp_path) as found:
+        assert found == ("--x",)
 
 
 # --- the reports -----------------------------------------------------------------------------------------------------
@@ -364,7 +400,8 @@ def test_a_record_that_stops_short(tmp_path: Path) -> None:
 
 
 def test_duration() -> None:
-    assert [duration(seconds) for seconds in (0.123, 12.34, 60, 125.4)] == ["0.12 s", "12.3 s", "1 min 00 s", "2 min 05 s"]
+    assert [duration(seconds) for seconds in (0.123, 12.34, 60)] == ["0.12 s", "12.3 s", "1 min 00 s"]
+    assert duration(125.4) == "2 min 05 s"
 
 
 def test_the_plugin_is_quiet_without_a_plan(tmp_path: Path) -> None:

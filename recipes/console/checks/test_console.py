@@ -52,7 +52,7 @@ def test_status_json(host, answers):
     found = json.loads(body(answers["json"]))
     assert found["release"] == json.loads(host.file("/run/samepage/release.json").content_string)["version"]
     assert set(found["recipes"]) == set(json.loads(host.file("/etc/samepage/node.json").content_string)["recipes"])
-    assert found["mode"] in ("live", "installed")
+    assert found["mode"] in ("live", "installed", "container")
     assert all(found["recipes"]["console"]["probes"][0][key] is not None for key in ("name", "ok", "detail", "ms"))
 
 

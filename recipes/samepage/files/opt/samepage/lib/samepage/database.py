@@ -122,7 +122,7 @@ async def connect_patiently(settings: Settings, seconds: float) -> Connection:
             if pause == 0.1:
                 _log.info("waiting for PostgreSQL: %s", str(error).strip().splitlines()[0])
         await asyncio.sleep(pause)
-        pause = min(pause * 1.5, 1.0)
+        pause = min(pause * 1.5, 0.4)
 
 
 async def migrate(connection: Connection, migrations: tuple[Migration, ...], release: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import mimetypes
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,12 @@ Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 Headers = Mapping[str, str]
 
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
 _PAGES = {"/": "index.html", "/invitation": "index.html"}
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -117,9 +122,8 @@ def read_files(folder: Path) -> dict[str, Response]:
     found = {}
     for file in sorted(folder.iterdir()):
         body = file.read_bytes()
-        kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
         headers = (
-            ("content-type", f"{kind}; charset=utf-8" if kind.startswith("text/") else kind),
+            ("content-type", _TYPES[file.suffix]),
             ("cache-control", "no-cache"),
             ("etag", f'"{hashlib.sha256(body).hexdigest()[:32]}"'),
         )

@@ -27,6 +27,7 @@ from .valkey import Valkey
 
 _WAIT_FOR_DATABASE = 280.0  # seconds; the unit's own limit is a little longer
 _KEEP_ALIVE = 120  # seconds; longer than the front door keeps an idle connection, so it never meets a closing one
+_QUIET = 20.0  # seconds after the start
 _CANNOT_WORK = 78  # EX_CONFIG: starting again would not help, and the unit does not try
 _log = logging.getLogger(__name__)
 
@@ -71,33 +72,44 @@ async def serve(settings: Settings) -> None:
     listeners = [service.listen_unix(settings.listen_socket, "api")]
     if settings.listen_port:
         listeners.append(service.listen_tcp(settings.listen_port, "api-tcp"))
-    await prepare(settings, release)
-    valkey = Valkey(settings)
+    # All that needs no database comes first: at boot PostgreSQL is on its way.
+    valkey, pool = Valkey(settings), make_pool(settings)
     spool = Spool(Path(settings.calls_folder), file_bytes=settings.calls_file_bytes, files=settings.calls_files)
-    async with make_pool(settings) as pool:
-        services = Services(settings, release, pool, Sessions(valkey), Brake(valkey), spool)
-        application = Application(Api(services), Limits(), SHARE / "web")
-        server = Announced(
-            Config(
-                application,
-                http="h11",
-                ws="none",
-                loop="asyncio",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                date_header=False,
-                timeout_keep_alive=_KEEP_ALIVE,
-                timeout_graceful_shutdown=settings.graceful_seconds,
-            )
-        )
-        warm_up = asyncio.create_task(valkey.warm_up())
+    services = Services(settings, release, pool, Sessions(valkey), Brake(valkey), spool)
+    server = Announced(configure(Application(Api(services), Limits(), SHARE / "web"), settings))
+    await prepare(settings, release)
+    async with pool:
+        warm_up = asyncio.create_task(_warm_up(valkey))
         await server.serve(listeners)
-        await warm_up
+        warm_up.cancel()
     await valkey.close()
     spool.close()
+
+
+async def _warm_up(valkey: Valkey) -> None:
+    """Spare the first who signs in the loading of the client library, but let the boot end first."""
+    await asyncio.sleep(_QUIET)
+    await valkey.warm_up()
+
+
+def configure(application: Application, settings: Settings) -> Config:
+    """uvicorn's configuration, with all its parts loaded."""
+    config = Config(
+        application,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=settings.graceful_seconds,
+    )
+    config.load()
+    return config
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ class Store(Protocol):
 
     async def set(self, name: str, value: str, *, ex: int) -> Any: ...
     async def getex(self, name: str, *, ex: int) -> Any: ...
-    async def get(self, name: str) -> Any: ...
     async def delete(self, *names: str) -> Any: ...
     async def incr(self, name: str) -> Any: ...
+    async def decr(self, name: str) -> Any: ...
     async def expire(self, name: str, time: int, *, nx: bool) -> Any: ...
     async def ttl(self, name: str) -> Any: ...
 
@@ -59,7 +59,7 @@ class Sessions:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """At most `most` failures within `window` seconds."""
+    """At most `most` attempts within `window` seconds."""
 
     most: int
     window: int
@@ -73,26 +73,29 @@ LOGIN_RULES = {
 
 
 class Brake:
-    """Counts failed sign-ins per login, per address and per both."""
+    """Counts sign-ins per login and address, per address and per login."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def wait(self, login: str, address: str) -> int:
-        """Seconds to wait before the next attempt; 0 when it is free."""
-        waits = [0]
-        for key, rule in _counters(login, address):
-            if int(await self._store.get(key) or 0) >= rule.most:
-                waits.append(max(1, int(await self._store.ttl(key))))
-        return max(waits)
+    async def enter(self, login: str, address: str) -> int:
+        """Count an attempt, before it is made, so that many at once count as many. 0, or the seconds to wait.
 
-    async def failed(self, login: str, address: str) -> None:
+        An attempt that one rule refuses is not counted by the next: who guesses from one address locks only it out.
+        """
         for key, rule in _counters(login, address):
-            await self._store.incr(key)
+            attempts = int(await self._store.incr(key))
             await self._store.expire(key, rule.window, nx=True)
+            if attempts > rule.most:
+                return max(1, int(await self._store.ttl(key)))
+        return 0
 
     async def succeeded(self, login: str, address: str) -> None:
-        await self._store.delete(_counters(login, address)[0][0])
+        """The attempt was no guess."""
+        (pair, _), *others = _counters(login, address)
+        await self._store.delete(pair)
+        for key, _ in others:
+            await self._store.decr(key)
 
 
 def _counters(login: str, address: str) -> Sequence[tuple[str, Rule]]:

@@ -35,14 +35,14 @@ class Valkey:
     async def getex(self, name: str, *, ex: int) -> Any:
         return await self._ask(lambda client: client.getex(name, ex=ex))
 
-    async def get(self, name: str) -> Any:
-        return await self._ask(lambda client: client.get(name))
-
     async def delete(self, *names: str) -> Any:
         return await self._ask(lambda client: client.delete(*names))
 
     async def incr(self, name: str) -> Any:
         return await self._ask(lambda client: client.incr(name))
+
+    async def decr(self, name: str) -> Any:
+        return await self._ask(lambda client: client.decr(name))
 
     async def expire(self, name: str, time: int, *, nx: bool) -> Any:
         return await self._ask(lambda client: client.expire(name, time, nx=nx))

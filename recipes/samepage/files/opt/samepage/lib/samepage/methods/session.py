@@ -26,7 +26,7 @@ SELECT id, login, name, email, role, user_group AS group, timezone, password_ver
 async def login(call: Call, login: Login, password: Password) -> Any:
     """Sign in. Wrong names and wrong passwords get the same answer after the same work."""
     brake, address = call.services.brake, call.exchange.address
-    wait = await brake.wait(login.lower(), address)
+    wait = await brake.enter(login.lower(), address)
     if wait:
         minutes = -(-wait // 60)
         raise RpcError(
@@ -37,7 +37,6 @@ async def login(call: Call, login: Login, password: Password) -> Any:
     stored = (row.pop("password_hash") if row else None) or NOBODY
     right = await in_thread(verify_password, password, stored)
     if row is None or not right:
-        await brake.failed(login.lower(), address)
         raise RpcError(rpc.WRONG_CREDENTIALS, "the name or the password is wrong")
     await brake.succeeded(login.lower(), address)
     member = Member(**row)

@@ -1,0 +1,220 @@
+"""The pure parts of the benchmarks: medians, ratios, the table, what a VM says, and the accounting of processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import mkosi
+from bench.boots import HEALTHY, memory_in_use
+from bench.debian import source_lines
+from bench.measure import BenchError, disk_size, measure, remove_tree, scratch
+from bench.report import Figure, Report, median, number, of_runs, paired_ratio, spread, table
+from bench.vm import console_value
+from bench.workshop import LEFT_OUT, Build, Builder, Workshop
+
+PROJECT = Path(__file__).parents[2]
+MIRRORS = {"debian": "http://mirror.example/debian", "debian-security": "http://mirror.example/security"}
+
+
+@pytest.mark.parametrize(("values", "middle"), [([3.0], 3.0), ([9.0, 1.0, 2.0], 2.0), ([1.0, 2.0, 3.0, 10.0], 2.5)])
+def test_median(values: list[float], middle: float) -> None:
+    assert median(values) == middle
+
+
+def test_median_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no values"):
+        median([])
+
+
+def test_ratio_is_taken_per_pair_so_that_drift_cancels() -> None:
+    # the machine became twice as slow in mid-run: the ratio of medians would be 1.5, each pair says 1.5, 1.5 and 2
+    assert paired_ratio([15.0, 30.0, 40.0], [10.0, 20.0, 20.0]) == 1.5
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [([1.0], []), ([1.0], [0.0]), ([], [])])
+def test_ratio_without_meaning_is_refused(ours: list[float], theirs: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"paired|ratio|no values"):
+        paired_ratio(ours, theirs)
+
+
+@pytest.mark.parametrize(("value", "goal", "verdict"), [(1.0, 1.0, "met"), (1.01, 1.0, "missed"), (1.0, None, "")])
+def test_verdict(value: float, goal: float | None, verdict: str) -> None:
+    assert Figure("b", "n", value, "s", goal).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [(0.234, "s", "0.23 s"), (12.34, "s", "12.3 s"), (1234.4, "MB", "1234 MB"), (12.345, "x", "12.35 x")],
+)
+def test_number(value: float, unit: str, text: str) -> None:
+    assert number(value, unit) == text
+
+
+def test_spread_is_only_said_of_several_runs() -> None:
+    assert spread([1.0]) == ""
+    assert spread([1.0, 2.0, 1.5]) == "1-2 of 3"
+
+
+def test_table_is_aligned_and_holds_the_verdicts() -> None:
+    figures = [of_runs("cold", "ISO", [2.0, 1.0, 3.0], "s"), Figure("cold", "ratio", 1.3, "x", 1.25, note="loaded")]
+    assert table(figures).splitlines() == [
+        "benchmark  what    value       goal          runs      note",
+        "cold       ISO    2.00 s                     1-3 of 3",
+        "cold       ratio  1.30 x  <= 1.25 x  missed            loaded",
+    ]
+
+
+def test_report_as_json_holds_runs_verdicts_and_failures() -> None:
+    report = Report({"cpus": "2"}, (of_runs("boot", "ours", [1.0, 3.0], "s", 2.0),), {"mkosi": "is missing"})
+    value = json.loads(report.to_json())
+    assert value["machine"] == {"cpus": "2"}
+    assert value["failures"] == {"mkosi": "is missing"}
+    assert value["figures"] == [
+        {"bench": "boot", "name": "ours", "value": 2.0, "unit": "s", "goal": 2.0, "runs": [1.0, 3.0], "note": "",
+         "verdict": "met"}
+    ]  # fmt: skip
+
+
+def test_measure_counts_children_and_grandchildren(tmp_path: Path) -> None:
+    burn = "import time\nwhile time.process_time() < 0.3: pass"
+    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}], check=True)"
+    cost = measure([sys.executable, "-c", nested], log=tmp_path / "log")
+    assert cost.cpu >= 0.3
+    assert cost.wall >= 0.3
+
+
+def test_measure_keeps_results_and_messages_apart(tmp_path: Path) -> None:
+    words = ["sh", "-c", "echo result; echo message >&2; echo $WORD"]
+    measure(words, log=tmp_path / "log", output=tmp_path / "out", env={"WORD": "word"})
+    assert (tmp_path / "out").read_text() == "result\nword\n"
+    assert (tmp_path / "log").read_text() == "message\n"
+
+
+def test_measure_says_what_a_failed_program_said(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match=r"status 3 of: sh -c (?s:.*)\| no luck"):
+        measure(["sh", "-c", "echo no luck; exit 3"], log=tmp_path / "log")
+    with pytest.raises(BenchError, match="'no-such-program' is missing"):
+        measure(["no-such-program"], log=tmp_path / "log")
+
+
+def test_measure_ends_what_overruns_with_its_children(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(BenchError, match="not finished in its time"):
+        measure(["sh", "-c", "sleep 60 & sleep 60"], log=tmp_path / "log", timeout=0.2)
+    assert time.monotonic() - started < 10
+
+
+def test_disk_size_counts_hard_links_once(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 100_000)
+    alone = disk_size(tmp_path)
+    (tmp_path / "b").hardlink_to(tmp_path / "a")
+    assert disk_size(tmp_path / "a") >= 100_000
+    assert disk_size(tmp_path) == alone
+
+
+def test_scratch_is_gone_after_an_error(tmp_path: Path) -> None:
+    def fail_inside() -> None:
+        with scratch(tmp_path / "deep", "work") as folder:
+            (folder / "file").touch()
+            raise BenchError("stop")
+
+    with pytest.raises(BenchError, match="stop"):
+        fail_inside()
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_remove_tree_does_not_follow_links(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    remove_tree(tmp_path / "link")
+    remove_tree(tmp_path / "absent")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_sources_name_suite_updates_and_security() -> None:
+    lines = [line.split("] ")[1] for line in source_lines(MIRRORS, "trixie")]
+    assert lines == [
+        "http://mirror.example/debian trixie main", "http://mirror.example/debian trixie-updates main",
+        "http://mirror.example/security trixie-security main",
+    ]  # fmt: skip
+
+
+def test_console_value_waits_for_the_whole_line() -> None:
+    assert console_value('noise\r\nBENCH-READY {"healthy": 3', "BENCH-READY") is None
+    assert console_value('noise\r\nBENCH-READY {"healthy": 38.0}\r\n', "BENCH-READY") == {"healthy": 38.0}
+    assert console_value('BENCH-MEMORY {"used": 1}\n', "BENCH-READY") is None
+
+
+def test_memory_in_use_is_what_is_not_available() -> None:
+    meminfo = "MemTotal:  2000 kB\nMemFree: 10 kB\nMemAvailable: 1500 kB\nHugePages_Total: 0\n"
+    assert memory_in_use(meminfo) == 500 * 1024
+
+
+def test_the_console_line_that_is_waited_for_is_the_one_that_the_node_writes() -> None:
+    from appliance.node.status import health_lines
+
+    (line,) = health_lines({"healthy": True, "boot_seconds": 21.4})
+    assert HEALTHY.search(line)
+
+
+def test_mkosi_gets_the_packages_and_the_mirrors(tmp_path: Path) -> None:
+    made = mkosi.prepare(["nginx", "udev"], tmp_path, tmp_path / "tree", MIRRORS)
+    assert "Packages=nginx,udev\n" in (tmp_path / "mkosi.conf").read_text()
+    sources = (tmp_path / "sandbox/etc/apt/sources.list.d/mkosi.sources").read_text()
+    assert "URIs: http://mirror.example/debian\n" in sources
+    assert "URIs: http://mirror.example/security\n" in sources
+    made.change_file("other\n")
+    assert (tmp_path / "extra/etc/bench.conf").read_text() == "other\n"
+
+
+def builder_of(folder: Path, text: str) -> Builder:
+    recipe = folder / "project/recipes/nginx"
+    (recipe / "templates/etc/nginx").mkdir(parents=True)
+    (recipe / "recipe.yaml").write_text(text)
+    (recipe / "templates/etc/nginx/nginx.conf.j2").write_text("worker_processes 2;\n")
+    return Builder(folder / "build.py", folder / "project", folder / "cache", folder / "out")
+
+
+def test_builder_changes_its_copy_and_restores_it(tmp_path: Path) -> None:
+    builder = builder_of(tmp_path, "summary: x\npackages: [nginx]\n")
+    remains = tmp_path / "original"
+    (remains / "recipes").mkdir(parents=True)
+    builder.change_template("changed")
+    builder.add_package("less")
+    assert (builder.project / "recipes/nginx/recipe.yaml").read_text() == "summary: x\npackages: [less, nginx]\n"
+    template = builder.project / "recipes/nginx/templates/etc/nginx/nginx.conf.j2"
+    assert template.read_text() == "worker_processes 2;\n# changed\n"
+    builder.restore(remains)
+    assert list((builder.project / "recipes").iterdir()) == []
+
+
+def test_builder_says_when_the_recipe_has_another_shape(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="no line that starts with 'packages"):
+        builder_of(tmp_path, "packages:\n  - nginx\n").add_package("less")
+
+
+def test_stage_seconds_come_from_the_builders_own_account() -> None:
+    build = Build(None, {"path": "/x.iso", "stages": [{"name": "iso", "seconds": 0.5}]})  # type: ignore[arg-type]
+    assert build.iso == Path("/x.iso")
+    assert build.stage_seconds("iso") == 0.5
+    with pytest.raises(BenchError, match="no stage 'lock'"):
+        build.stage_seconds("lock")
+
+
+def test_a_workshop_knows_the_packages_of_the_lock_and_must_be_opened() -> None:
+    shop = Workshop(PROJECT, 1)
+    assert {"nginx", "udev", "postfix"} <= set(shop.packages)
+    assert ".venv" in LEFT_OUT
+    with pytest.raises(BenchError, match="not open"):
+        _ = shop.builder
+
+
+def test_the_projects_own_recipe_has_the_shape_that_the_benchmark_edits() -> None:
+    recipe = PROJECT / "recipes/nginx"
+    assert "\npackages: [" in (recipe / "recipe.yaml").read_text()
+    assert list(recipe.rglob("*.conf.j2"))
