@@ -31,7 +31,7 @@ _POOL_BYTES = 4 << 20  # changed bytes that are worth a second process
 _SMALL = 1 << 20  # new bytes are looked at in parts of this size
 _UNIT = {format_.COPY: 1, format_.ADD: 1, format_.WORDS: 4}  # what an operation's size is a multiple of, but at its end
 _QUIET = re.compile(rb"\0{32,}")
-_LARGE = 64 << 20  # a stream of this size is compressed by two threads and less hard
+_LARGE = 256 << 20  # a stream of this size is compressed by two threads and less hard
 
 
 @dataclass(frozen=True, slots=True)
