@@ -7,13 +7,12 @@ The delta knows files: a file of the new image is made from the file of the same
 from __future__ import annotations
 
 import mmap
-import multiprocessing
 import os
 import re
 import stat
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -27,7 +26,6 @@ from appliance.node import delta as format_
 from appliance.shift import Change, changes
 
 _LEVEL = 19
-_POOL_BYTES = 4 << 20  # changed bytes that are worth a second process
 _SMALL = 1 << 20  # new bytes are looked at in parts of this size
 _UNIT = {format_.COPY: 1, format_.ADD: 1, format_.WORDS: 4}  # what an operation's size is a multiple of, but at its end
 _QUIET = re.compile(rb"\0{32,}")
@@ -242,16 +240,6 @@ def _as_words(new: Plan, old: Plan, source: int, block: Range, before: Range) ->
 
 # --- all pieces ------------------------------------------------------------------------------------------------------
 
-_shared: tuple[Plan, Sequence[Plan]]
-
-
-def _changed(job: tuple[Member, int, Member]) -> list[Piece]:
-    new, olds = _shared
-    member, source, other = job
-    made = changes(new.bytes_of(member), olds[source].bytes_of(other), len(other.data) == 1 == len(member.data))
-    return list(_placed(member.data, source, other.data, made))
-
-
 def _pieces(new: Plan, olds: Sequence[Plan], workers: int) -> Iterator[Piece]:
     """Pieces in any order; what none of them makes is new or zero."""
     index = _Index(olds)
@@ -296,15 +284,16 @@ def _padding(new: Plan, old: Plan, source: int, run: Range, was: Range) -> Itera
 
 
 def _work(new: Plan, olds: Sequence[Plan], jobs: list[tuple[Member, int, Member]], workers: int) -> Iterator[Piece]:
-    global _shared  # what the forked workers see; the maps cannot be sent to them
-    _shared = new, olds
-    jobs.sort(key=lambda job: -job[0].size)
-    if workers < 2 or sum(job[0].size for job in jobs) < _POOL_BYTES:
-        for job in jobs:
-            yield from _changed(job)
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        for made in pool.map(_changed, jobs, chunksize=4):
+    """The pieces of changed files. The search for matches leaves Python's lock, so threads share the work."""
+
+    def pieces_of(job: tuple[Member, int, Member]) -> list[Piece]:
+        member, source, other = job
+        made = changes(new.bytes_of(member), olds[source].bytes_of(other), len(other.data) == 1 == len(member.data))
+        return list(_placed(member.data, source, other.data, made))
+
+    jobs.sort(key=lambda job: -job[0].size)  # the longest first, so that none is left running alone
+    with ThreadPoolExecutor(workers) as pool:
+        for made in pool.map(pieces_of, jobs):
             yield from made
 
 

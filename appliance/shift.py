@@ -12,11 +12,15 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import zstandard
 from bsdiff4 import core
 
 from appliance.node.delta import ADD, COPY, LITERAL, PATCH, PATCH_LIMIT
 
 _WINDOW = 8 << 20  # the suffix sort takes 16 times this
+_PROGRAM = b"\x7fELF"  # differences are always smaller
+_OPERATION = 3  # bytes, about
+_WORTH_TRYING = 200  # bytes
 _QUIET = re.compile(rb"\0{1024,}")
 
 
@@ -32,16 +36,40 @@ class Change:
 
 
 def changes(new: bytes, old: bytes, whole: bool = False) -> list[Change]:
-    """The smallest way found. `whole`: both files lie in one run of bytes, so that a frame may be used."""
+    """The smallest way found. `whole`: both files lie in one run of bytes each, so that a frame may be used."""
     front = _common(new, old)
     back = _common(new[front:][::-1], old[front:][::-1])
     middle, other = new[front : len(new) - back], old[front : len(old) - back]
     found = [Change(COPY, front, 0)] if front else []
     if middle:
-        found += _middle(middle, other, front, whole)
+        shifted = _shifted_parts(middle, other, front)
+        framed = whole and 0 < len(other) <= PATCH_LIMIT >= len(middle) and not new.startswith(_PROGRAM)
+        found += (_framed(middle, other, front, _cost(shifted)) if framed else None) or shifted
     if back:
         found.append(Change(COPY, back, len(old) - back))
     return found
+
+
+def _cost(made: list[Change]) -> int:
+    """About how many bytes of a delta the changes take."""
+    payloads = (b"".join(one.payload for one in made if one.kind == kind) for kind in (ADD, LITERAL))
+    return sum(len(_packed(payload)) for payload in payloads if payload) + _OPERATION * len(made)
+
+
+def _packed(content: bytes, dictionary: bytes = b"") -> bytes:
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        19, source_size=len(content) + len(dictionary), write_content_size=True, write_checksum=False
+    )
+    known = zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_RAWCONTENT) if dictionary else None
+    return zstandard.ZstdCompressor(compression_params=parameters, dict_data=known).compress(content)
+
+
+def _framed(new: bytes, old: bytes, start: int, limit: int) -> list[Change] | None:
+    """A frame with the old bytes as its dictionary, if it is smaller than `limit`."""
+    if limit < _WORTH_TRYING:
+        return None
+    frame = _packed(new, old)
+    return [Change(PATCH, len(new), start, frame, len(old))] if len(frame) + 4 * _OPERATION < limit else None
 
 
 def _common(a: bytes, b: bytes) -> int:
@@ -56,14 +84,13 @@ def _common(a: bytes, b: bytes) -> int:
     return low
 
 
-def _middle(new: bytes, old: bytes, start: int, whole: bool) -> list[Change]:
-    shifted: list[Change] = []
+def _shifted_parts(new: bytes, old: bytes, start: int) -> list[Change]:
+    """Large files go part by part, each against the old one's bytes around its place."""
+    found: list[Change] = []
     for at in range(0, len(new), _WINDOW):
         low = max(0, at - _WINDOW // 4)
-        shifted += _shifted(new[at : at + _WINDOW], old[low : low + _WINDOW + _WINDOW // 2], start + low)
-    if not whole or len(new) > PATCH_LIMIT:
-        return shifted
-    return shifted
+        found += _shifted(new[at : at + _WINDOW], old[low : low + _WINDOW + _WINDOW // 2], start + low)
+    return found
 
 
 def _shifted(new: bytes, old: bytes, start: int) -> Iterator[Change]:

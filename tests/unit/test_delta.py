@@ -110,6 +110,15 @@ def test_the_ram_disk_is_made_from_the_new_base(tmp_path: Path) -> None:
     assert len(round_trip(tmp_path, disk, initrd.pack([], 7), image(modules))) < 400
 
 
+def test_a_text_is_made_with_the_old_one_as_dictionary(tmp_path: Path) -> None:
+    noise = random.Random(9)
+    words = [noise.randbytes(6).hex() for _ in range(3000)]
+    old = " ".join(words).encode()
+    new = " ".join(noise.choices(words, k=3000)).encode()
+    packed = round_trip(tmp_path, image({"/text": new}), image({"/text": old}))
+    assert len(packed) < 0.8 * len(making.make_small(new, None))
+
+
 def test_a_file_that_is_there_twice_comes_once(tmp_path: Path) -> None:
     noise = random.Random(8).randbytes(20_000)
     packed = round_trip(tmp_path, image({"/bin/a": noise, "/bin/b": noise, "/bin/c": b"x" + noise}), image({"/bin/z": b"1"}))
