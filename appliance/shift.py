@@ -19,6 +19,7 @@ from appliance.node.delta import ADD, COPY, LITERAL, PATCH, PATCH_LIMIT
 
 _WINDOW = 8 << 20  # the suffix sort takes 16 times this
 _PROGRAM = b"\x7fELF"  # differences are always smaller
+_HARD = 19  # level of zstd
 _OPERATION = 3  # bytes, about
 _WORTH_TRYING = 200  # bytes
 _QUIET = re.compile(rb"\0{1024,}")
@@ -44,21 +45,23 @@ def changes(new: bytes, old: bytes, whole: bool = False) -> list[Change]:
     if middle:
         shifted = _shifted_parts(middle, other, front)
         framed = whole and 0 < len(other) <= PATCH_LIMIT >= len(middle) and not new.startswith(_PROGRAM)
-        found += (_framed(middle, other, front, _cost(shifted)) if framed else None) or shifted
+        if _cost(shifted, 1) >= len(_packed(middle, level=1)):
+            shifted = [Change(LITERAL, len(middle), payload=middle)]  # compressed content shares nothing
+        found += (_framed(middle, other, front, _cost(shifted, _HARD)) if framed else None) or shifted
     if back:
         found.append(Change(COPY, back, len(old) - back))
     return found
 
 
-def _cost(made: list[Change]) -> int:
-    """About how many bytes of a delta the changes take."""
+def _cost(made: list[Change], level: int) -> int:
+    """About how many bytes of a delta the changes take, compressed at a level of zstd."""
     payloads = (b"".join(one.payload for one in made if one.kind == kind) for kind in (ADD, LITERAL))
-    return sum(len(_packed(payload)) for payload in payloads if payload) + _OPERATION * len(made)
+    return sum(len(_packed(payload, level=level)) for payload in payloads if payload) + _OPERATION * len(made)
 
 
-def _packed(content: bytes, dictionary: bytes = b"") -> bytes:
+def _packed(content: bytes, dictionary: bytes = b"", level: int = _HARD) -> bytes:
     parameters = zstandard.ZstdCompressionParameters.from_level(
-        19, source_size=len(content) + len(dictionary), write_content_size=True, write_checksum=False
+        level, source_size=len(content) + len(dictionary), write_content_size=True, write_checksum=False
     )
     known = zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_RAWCONTENT) if dictionary else None
     return zstandard.ZstdCompressor(compression_params=parameters, dict_data=known).compress(content)
