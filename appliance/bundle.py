@@ -159,7 +159,9 @@ def summarise(old: ReleaseFiles, new: ReleaseFiles) -> dict[str, Any]:
     units = {node: touched for node in nodes if node in known and (touched := _units(old, new, node))}
     levels = [old.manifest.schema_level, new.manifest.schema_level]
     found = {"packages": packages, "units": units, "migrations": levels if levels[0] != levels[1] else []}
-    return {"class": max(classes, key=order.index, default="reboot")} | {key: value for key, value in found.items() if value}
+    return {"class": max(classes, key=order.index, default="reboot")} | {
+        key: value for key, value in found.items() if value
+    }
 
 
 def _units(old: ReleaseFiles, new: ReleaseFiles, node: str) -> dict[str, str]:
@@ -169,7 +171,9 @@ def _units(old: ReleaseFiles, new: ReleaseFiles, node: str) -> dict[str, str]:
     except ReleaseError:
         return {}
     before, after = layers
-    changed = changed_paths(before["config"], after["config"], "") | changed_paths(before["app"], after["app"], APP_ROOT)
+    changed = changed_paths(before["config"], after["config"], "") | changed_paths(
+        before["app"], after["app"], APP_ROOT
+    )
     records = [json.loads(file_of(one["config"], NODE_FILE) or b"{}") for one in layers]
     return dict(touched_units(records[0], records[1], changed))
 

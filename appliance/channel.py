@@ -51,7 +51,8 @@ def add(
     kept = sorted(releases.values(), key=lambda one: order(one.version))[-keep:]
     manifests = {one.manifest for one in kept}
     index = Index(
-        counter=old.counter + 1 if old else 1, created=now, expires=now + lifetime, layout=known[0], architecture=known[1],
+        counter=old.counter + 1 if old else 1, created=now, expires=now + lifetime,
+        layout=known[0], architecture=known[1],
         releases=tuple(kept), bundles=tuple(one for one in entries.values() if one.to in manifests),
         revoked=(old.revoked if old else frozenset()) | frozenset(revoked),
     )  # fmt: skip
@@ -92,10 +93,10 @@ def _copy(path: Path, folder: Path) -> tuple[int, str]:
             partial.chmod(0o644)
             partial.replace(target)
         except OSError as error:
-            raise HostError(f"cannot write {target}: {error.strerror}", hint="look at its permissions and room") from error
+            raise HostError(
+                f"cannot write {target}: {error.strerror}", hint="look at its permissions and room"
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
     with target.open("rb") as file:
         return target.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
-
-

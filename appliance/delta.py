@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import posixpath
 import re
 import stat
 from array import array
@@ -18,31 +19,11 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
-import zstandard
-
 from appliance import cpio, erofs
+from appliance.delta_program import Piece, Program, fresh
 from appliance.erofs import BLOCK, INODE_ALIGNMENT, Range
 from appliance.node import delta as format_
 from appliance.shift import Change, changes
-
-_LEVEL = 19
-_SMALL = 1 << 20  # new bytes are looked at in parts of this size
-_UNIT = {format_.COPY: 1, format_.ADD: 1, format_.WORDS: 4}  # what an operation's size is a multiple of, but at its end
-_QUIET = re.compile(rb"\0{32,}")
-_LARGE = 256 << 20  # a stream of this size is compressed by two threads and less hard
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Bytes [offset, offset + size) of the new file and how they are made: kind of operation, place of the old bytes."""
-
-    offset: int
-    size: int
-    kind: int
-    source: int = 0
-    start: int = 0
-    payload: bytes = b""
-    old: int = 0  # PATCH: size of the dictionary
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +89,7 @@ class _Index:
         for number, plan in enumerate(self.plans):
             for member in plan.members:
                 self.by_path.setdefault(member.path, (number, member))
-                for pattern in {_pattern(member.path), _pattern(os.path.basename(member.path))}:
+                for pattern in {_pattern(member.path), _pattern(posixpath.basename(member.path))}:
                     self.by_pattern.setdefault(pattern, []).append((number, member))
                 if member.kind == stat.S_IFREG and member.size:
                     self.by_size.setdefault(member.size, []).append((number, member))
@@ -131,7 +112,7 @@ class _Index:
         known = self.by_path.get(member.path)
         if known and known[1].kind == member.kind:
             return known
-        for pattern in (_pattern(member.path), _pattern(os.path.basename(member.path))):
+        for pattern in (_pattern(member.path), _pattern(posixpath.basename(member.path))):
             found = [one for one in self.by_pattern.get(pattern, ()) if one[1].kind == member.kind]
             if found:
                 return min(found, key=lambda one: abs(one[1].size - member.size))
@@ -240,6 +221,7 @@ def _as_words(new: Plan, old: Plan, source: int, block: Range, before: Range) ->
 
 # --- all pieces ------------------------------------------------------------------------------------------------------
 
+
 def _pieces(new: Plan, olds: Sequence[Plan], workers: int) -> Iterator[Piece]:
     """Pieces in any order; what none of them makes is new or zero."""
     index = _Index(olds)
@@ -255,7 +237,10 @@ def _pieces(new: Plan, olds: Sequence[Plan], workers: int) -> Iterator[Piece]:
             elif new.blocks:
                 yield from _as_words(new, olds[found[0]], found[0], member.meta, found[1].meta)
             else:
-                fresh, stale = (plan.content[one.meta.offset : one.meta.end] for plan, one in ((new, member), (olds[found[0]], found[1])))
+                fresh, stale = (
+                    plan.content[one.meta.offset : one.meta.end]
+                    for plan, one in ((new, member), (olds[found[0]], found[1]))
+                )
                 if len(fresh) == len(stale):
                     yield from _placed((member.meta,), found[0], (found[1].meta,), changes(fresh, stale, False))
         if member.kind != stat.S_IFREG or not member.size:
@@ -297,75 +282,7 @@ def _work(new: Plan, olds: Sequence[Plan], jobs: list[tuple[Member, int, Member]
             yield from made
 
 
-# --- the program -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Program:
-    """Collects operations, joins neighbours and packs the streams."""
-
-    sources: int
-    ops: bytearray = field(default_factory=bytearray)
-    streams: dict[int, bytearray] = field(
-        default_factory=lambda: {kind: bytearray() for kind in (format_.ADD, format_.WORDS, format_.LITERAL, format_.PATCH)}
-    )
-    chosen: int = 0
-    ends: list[int] = field(default_factory=list)
-    last: Piece | None = None
-
-    def __post_init__(self) -> None:
-        self.ends = [0] * (self.sources + 1)
-
-    def put(self, piece: Piece) -> None:
-        if piece.kind in self.streams:
-            self.streams[piece.kind] += piece.payload
-        last = self.last
-        if last and last.kind == piece.kind != format_.PATCH and (
-            piece.kind in (format_.LITERAL, format_.ZERO)
-            or (last.source == piece.source and last.start + last.size == piece.start and not last.size % _UNIT[piece.kind])
-        ):  # fmt: skip
-            self.last = Piece(last.offset, last.size + piece.size, last.kind, last.source, last.start)
-            return
-        self.flush()
-        self.last = piece
-
-    def flush(self) -> None:
-        piece, self.last = self.last, None
-        if piece is None:
-            return
-        sourced = piece.kind not in (format_.LITERAL, format_.ZERO)
-        if sourced and piece.source != self.chosen:
-            format_.put_number(self.ops, piece.source << 3 | format_.SOURCE)
-            self.chosen = piece.source
-        format_.put_number(self.ops, piece.size << 3 | piece.kind)
-        if sourced:
-            format_.put_signed(self.ops, piece.start - self.ends[piece.source])
-            self.ends[piece.source] = piece.start + piece.size
-        if piece.kind == format_.PATCH:
-            format_.put_number(self.ops, len(piece.payload))
-            format_.put_number(self.ops, piece.old)
-            self.ends[piece.source] = piece.start + piece.old
-
-    def pack(self) -> bytes:
-        self.flush()
-        format_.put_number(self.ops, format_.END)
-        runs = [self.ops, *(self.streams[kind] for kind in (format_.ADD, format_.WORDS, format_.LITERAL))]
-        packed = [_compress(bytes(run)) for run in runs] + [bytes(self.streams[format_.PATCH])]
-        head = bytearray()
-        for run in packed:
-            format_.put_number(head, len(run))
-        return bytes(head) + b"".join(packed)
-
-
-def _compress(content: bytes) -> bytes:
-    if not content:
-        return b""
-    large = len(content) > _LARGE
-    parameters = zstandard.ZstdCompressionParameters.from_level(
-        _LEVEL - 8 * large, source_size=len(content), window_log=min(format_.WINDOW_LOG, max(10, len(content).bit_length())),
-        write_content_size=0, write_checksum=0, threads=2 * large,
-    )  # fmt: skip
-    return zstandard.ZstdCompressor(compression_params=parameters).compress(content)
+# --- deltas ----------------------------------------------------------------------------------------------------------
 
 
 def make(new: Path, sources: Sequence[Path], *, workers: int | None = None) -> bytes:
@@ -374,38 +291,23 @@ def make(new: Path, sources: Sequence[Path], *, workers: int | None = None) -> b
         plan = open_plan(new, stack)
         olds = [open_plan(path, stack) for path in sources]
         pieces = sorted(_pieces(plan, olds, workers or os.cpu_count() or 1), key=lambda piece: piece.offset)
-        program = _Program(len(olds))
+        program = Program(len(olds))
         at = 0
         for piece in pieces:
             if piece.offset < at:  # two names of one inode
                 continue
-            for part in _fresh(plan.content, at, piece.offset):
+            for part in fresh(plan.content, at, piece.offset):
                 program.put(part)
             program.put(piece)
             at = piece.offset + piece.size
-        for part in _fresh(plan.content, at, len(plan.content)):
+        for part in fresh(plan.content, at, len(plan.content)):
             program.put(part)
         return program.pack()
 
 
-def _fresh(content: mmap.mmap | bytes, start: int, end: int) -> Iterator[Piece]:
-    """Bytes that no old file has: literals, and zeros where there are many."""
-    while start < end:
-        part = content[start : min(end, start + _SMALL)]
-        at = 0
-        for quiet in _QUIET.finditer(part):
-            if quiet.start() > at:
-                yield Piece(start + at, quiet.start() - at, format_.LITERAL, payload=part[at : quiet.start()])
-            yield Piece(start + quiet.start(), quiet.end() - quiet.start(), format_.ZERO)
-            at = quiet.end()
-        if at < len(part):
-            yield Piece(start + at, len(part) - at, format_.LITERAL, payload=part[at:])
-        start += len(part)
-
-
 def make_small(new: bytes, old: bytes | None) -> bytes:
     """The delta that makes a small file, such as a manifest, from another one or from nothing."""
-    program = _Program(0 if old is None else 1)
+    program = Program(0 if old is None else 1)
     whole = (Range(0, len(new)),)
     made = changes(new, old) if old else [Change(format_.LITERAL, len(new), payload=new)]
     for piece in _placed(whole, 0, (Range(0, len(old or b"")),), made):

@@ -1,8 +1,8 @@
 """Reads where files lie in an uncompressed EROFS image: what the delta between two images is made from.
 
 Strict and read-only: an image that mkfs.erofs does not write with this builder's options is refused. The format is the
-kernel's (fs/erofs/erofs_fs.h, Documentation/filesystems/erofs.rst): a superblock at 1024; inodes of 32 or 64 bytes, each
-at meta_blkaddr blocks + 32 * its number (nid); a file's whole blocks in one run from raw_blkaddr on, its last part
+kernel's (fs/erofs/erofs_fs.h, Documentation/filesystems/erofs.rst): a superblock at 1024; inodes of 32 or 64 bytes, at
+meta_blkaddr blocks + 32 * its number (nid); a file's whole blocks in one run from raw_blkaddr on, its last part
 either in a block after them (layout 0) or directly behind the inode (layout 2); folders as files that hold sorted
 entries (nid, offset of name, type) and then the names, block by block.
 """
@@ -98,8 +98,8 @@ def parse(content: bytes | mmap.mmap) -> Image:
 def _parse(content: bytes | mmap.mmap) -> Image:
     if len(content) < 1024 + _SUPERBLOCK.size:
         raise ErofsError("the EROFS image is cut off")
-    (magic, _, compat, bits, slots, root, inodes, _, _, blocks, meta, _, _, _, incompat, _, devices, _, dirbits, prefixes,
-     _, packed, _) = _SUPERBLOCK.unpack_from(content, 1024)  # fmt: skip
+    (magic, _, compat, bits, slots, root, inodes, _, _, blocks, meta, _, _, _, incompat, _, devices, _, dirbits,
+     prefixes, _, packed, _) = _SUPERBLOCK.unpack_from(content, 1024)  # fmt: skip
     if magic != _MAGIC:
         raise ErofsError("this is no EROFS image")
     unknown = compat & ~(_COMPAT_SUM | _COMPAT_MTIME | _COMPAT_FILTER)

@@ -36,7 +36,9 @@ def find(wanted: str, dist: Path, tools: ToolBox, store: Store) -> ReleaseFiles:
         found = sorted(path.glob("*" + _SUFFIX))
         if len(found) != 1:
             names = ", ".join(one.name for one in found) or "none"
-            raise UnknownName(f"{path} must hold the manifest of one release, it holds {names}", hint="name a file in it")
+            raise UnknownName(
+                f"{path} must hold the manifest of one release, it holds {names}", hint="name a file in it"
+            )
         path = found[0]
     elif not path.is_file():
         known = {_version_of(one): one for one in dist.glob("*" + _SUFFIX)}
@@ -146,11 +148,17 @@ def _manifest_in(iso: Path) -> bytes:
         image.open(str(iso))
         try:
             place = f"/{paths.MEDIUM_ROOT}/{paths.RELEASES}"
-            names = [one.rock_ridge.name().decode() for one in image.list_children(rr_path=place) if one.is_dir() and one.rock_ridge]
+            names = [
+                one.rock_ridge.name().decode()
+                for one in image.list_children(rr_path=place)
+                if one.is_dir() and one.rock_ridge
+            ]
             version = next(name for name in names if name not in ("", ".", ".."))
             with image.open_file_from_iso(rr_path=f"{place}/{version}/release.json") as file:
                 return bytes(file.read(MANIFEST_LIMIT))
         finally:
             image.close()
     except (PyCdlibException, OSError, StopIteration) as error:
-        raise ApplianceError(f"{iso} is no ISO of a release: {error}", hint="give an ISO that ./build.py iso wrote") from error
+        raise ApplianceError(
+            f"{iso} is no ISO of a release: {error}", hint="give an ISO that ./build.py iso wrote"
+        ) from error

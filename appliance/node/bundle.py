@@ -124,7 +124,9 @@ class Bundle:
         check_manifest(self.info, content)
         return content
 
-    def extract(self, part: Part, source: Callable[[str], str], out: IO[bytes], progress: Progress | None = None) -> None:
+    def extract(
+        self, part: Part, source: Callable[[str], str], out: IO[bytes], progress: Progress | None = None
+    ) -> None:
         """Write the file of a part. `source` names the path of the file with a digest.
 
         Raises Damaged where the result is not what it should be, and OSError; `out` is worthless then.
@@ -333,7 +335,8 @@ def write_bundle(info: Info, payloads: Sequence[bytes], signer: Signer, out: IO[
     header = {
         "from": start,
         "to": {
-            "version": info.version, "layout": info.layout, "architecture": info.architecture, "manifest": info.manifest,
+            "version": info.version, "layout": info.layout, "architecture": info.architecture,
+            "manifest": info.manifest,
         },
         "payload": {"size": sum(map(len, payloads)), "sha256": digest.hexdigest()},
         "parts": [

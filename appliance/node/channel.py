@@ -121,7 +121,8 @@ def parse_index(content: bytes, trust: Trust) -> Index:
         raise Damaged("the channel index has no release")
     return Index(
         counter=_number(value, "counter"), created=_number(value, "created"), expires=_number(value, "expires"),
-        layout=_text(value, "layout", _WORD), architecture=_text(value, "architecture", _WORD), releases=releases, bundles=bundles,
+        layout=_text(value, "layout", _WORD), architecture=_text(value, "architecture", _WORD),
+        releases=releases, bundles=bundles,
         revoked=frozenset(_text({"revoked": one}, "revoked", ID) for one in revoked),
     )  # fmt: skip
 

@@ -8,8 +8,8 @@ A delta is five runs of bytes, whose sizes stand in front of it as five varints 
     literals zstd  new bytes
     frames   -     one zstd frame per PATCH, compressed with the old bytes as its dictionary
 
-An operation is a varint `size << 3 | kind` and, where it reads an old file, a signed varint (the sign in the lowest bit):
-how far its place lies from where the last one ended in the same file. Operations make the new file in order:
+An operation is a varint `size << 3 | kind` and, where it reads an old file, a signed varint (its lowest bit is the
+sign): how far its place lies from where the last one ended in the same file. Operations make the new file in order:
 
     COPY     `size` old bytes              ADD    old bytes plus differences of bytes
     LITERAL  `size` new bytes              WORDS  old words plus differences of words; `size` is in bytes,
@@ -18,8 +18,9 @@ how far its place lies from where the last one ended in the same file. Operation
     SOURCE   now read old file no. `size`         the number of old bytes that are its dictionary
     END      no more
 
-The file that is being made is one more source, behind the old ones. Memory is bounded whatever a delta says: the streams' windows are
-limited, a PATCH has at most PATCH_LIMIT old and new bytes, and everything else is moved in small pieces.
+The file that is being made is one more source, behind the old ones. Memory is bounded whatever a delta says: the
+streams' windows are limited, a PATCH has at most PATCH_LIMIT old and new bytes, and everything else is moved in small
+pieces.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def classify(old: Manifest, new: Manifest, node: str = "") -> UpgradeClass:
 
 
 def touched_units(old: Mapping[str, Any], new: Mapping[str, Any], changed: Collection[str]) -> dict[str, Action]:
-    """What a live upgrade does to each unit, by the two releases' node.json and the paths that differ; the rest runs on.
+    """What a live upgrade does to units, by the two releases' node.json and the paths that differ; others run on.
 
     A unit reloads where it says so, but restarts where its own file changed.
     """

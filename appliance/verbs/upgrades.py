@@ -24,11 +24,19 @@ key_option = click.option(
 
 
 @verb("bundle --from 2026.10.0", "bundle --from old.iso --from older.iso", "bundle --full", "bundle --show FILE")
-@click.option("--from", "starts", multiple=True, metavar="RELEASE", help="Release to start from: ISO, manifest, folder, version.")
-@click.option("--to", "goal", default="", metavar="RELEASE", help="Release to lead to; by default what the recipes make now.")
+@click.option(
+    "--from", "starts", multiple=True, metavar="RELEASE", help="Release to start from: ISO, manifest, folder, version."
+)
+@click.option(
+    "--to", "goal", default="", metavar="RELEASE", help="Release to lead to; by default what the recipes make now."
+)
 @click.option("--full", is_flag=True, help="Also a bundle that starts from any release.")
-@click.option("--show", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Only say what a bundle does.")
-@click.option("--release-version", default=appliance.__version__, show_default=True, help="Version of what is made now.")
+@click.option(
+    "--show", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Only say what a bundle does."
+)
+@click.option(
+    "--release-version", default=appliance.__version__, show_default=True, help="Version of what is made now."
+)
 @click.option("--output-dir", type=click.Path(file_okay=False, path_type=Path), help="Write here instead of dist/.")
 @click.option("--locked", is_flag=True, help="Stop when the lock does not fit, instead of resolving it anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was made, or what a bundle does, as JSON.")
@@ -111,14 +119,18 @@ def _show(session: Session, path: Path, key: Path | None, as_json: bool) -> None
 @click.argument("action", type=click.Choice(["add", "keep"]))
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.argument("bundles", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--releases", "keep", type=click.IntRange(min=0), default=0, help="How many of the newest releases stay; 0: all.")
-@click.option("--days", type=click.IntRange(min=1), default=14, show_default=True, help="How long nodes trust this index.")
+@click.option(
+    "--releases", "keep", type=click.IntRange(min=0), default=0, help="How many of the newest releases stay; 0: all."
+)
+@click.option(
+    "--days", type=click.IntRange(min=1), default=14, show_default=True, help="How long nodes trust this index."
+)
 @click.option("--revoke", multiple=True, metavar="KEY-ID", help="A key that nodes must not trust any more.")
 @key_option
 @pass_session
 def channel(
-    session: Session, action: str, folder: Path, bundles: tuple[Path, ...], keep: int, days: int, revoke: tuple[str, ...],
-    key: Path | None,
+    session: Session, action: str, folder: Path, bundles: tuple[Path, ...], keep: int, days: int,
+    revoke: tuple[str, ...], key: Path | None,
 ) -> None:  # fmt: skip
     """Keep a static folder of bundles with a signed index: add bundles, or renew the index and drop old ones."""
     from appliance import channel as keeping
@@ -132,7 +144,8 @@ def channel(
         folder, bundles, signing.load(key), int(time.time()), keep=keep, lifetime=days * 86400, revoked=revoke
     )
     session.console.result(
-        f"{folder}: index {index.counter}, {len(index.releases)} releases, {len(index.bundles)} bundles, newest {index.newest.version}"
+        f"{folder}: index {index.counter}, {len(index.releases)} releases, {len(index.bundles)} bundles, "
+        f"newest {index.newest.version}"
     )
 
 

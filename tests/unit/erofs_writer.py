@@ -48,7 +48,9 @@ def image(files: Mapping[str, bytes], *, inline: bool = False, extended: bool = 
         layout = 2 if tail else 0
         start = block if body else 0xFFFFFFFF
         if extended:
-            head = struct.pack("<HHHHQIIIIQII16x", layout << 1 | 1, 0, mode, 0, len(content), start, inode, 0, 0, 7, 0, 1)
+            head = struct.pack(
+                "<HHHHQIIIIQII16x", layout << 1 | 1, 0, mode, 0, len(content), start, inode, 0, 0, 7, 0, 1
+            )
         else:
             head = struct.pack("<HHHHIIIIHHI", layout << 1, 0, mode, 1, len(content), 0, start, inode, 0, 0, 0)
         place = numbers[path] * 32
@@ -57,7 +59,8 @@ def image(files: Mapping[str, bytes], *, inline: bool = False, extended: bool = 
         block += -(-len(body) // BLOCK)
     out[1024:1152] = struct.pack(
         "<IIIBBHQQIIII16s16sIHHHBBIQB23x",
-        0xE0F5E1E2, 0, 0, 12, 0, numbers["/"], len(nodes), 7, 0, block, 0, 0, b"u" * 16, b"test", 0, 0, 0, 0, 0, 0, 0, 0, 0,
+        0xE0F5E1E2, 0, 0, 12, 0, numbers["/"], len(nodes), 7, 0, block, 0, 0, b"u" * 16, b"test",
+        0, 0, 0, 0, 0, 0, 0, 0, 0,
     )  # fmt: skip
     return bytes(out)
 

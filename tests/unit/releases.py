@@ -40,20 +40,26 @@ class Maker:
 
     def release(
         self, version: str = "1.0", *, nginx: bytes = b"one", app: bytes = b"print(1)", library: bytes = NOISE,
-        kernel: bytes = b"linux 1", packages: Mapping[str, str] | None = None, nodes: tuple[str, ...] = ("one",), **changes: Any,
+        kernel: bytes = b"linux 1", packages: Mapping[str, str] | None = None, nodes: tuple[str, ...] = ("one",),
+        **changes: Any,
     ) -> ReleaseFiles:  # fmt: skip
         base = self.keep(image({"/usr/lib/library.so": library, "/usr/lib/module.ko": NOISE[:20_000] + kernel}))
         code = self.keep(image({"/lib/app/main.py": app, "/share/page.html": b"<p>"}))
         layers = [LayerRecord("base", "", base.digest, base.size), LayerRecord("app", "", code.digest, code.size)]
         for node in nodes:
             record = json.dumps({"name": node, "units": UNITS}).encode()
-            config = self.keep(image({"/etc/samepage/node.json": record, "/etc/nginx/nginx.conf": nginx, "/etc/hostname": node.encode()}))
+            config = self.keep(
+                image(
+                    {"/etc/samepage/node.json": record, "/etc/nginx/nginx.conf": nginx, "/etc/hostname": node.encode()}
+                )
+            )
             layers.append(LayerRecord("config", node, config.digest, config.size))
         vmlinuz = self.keep(NOISE[::-1][:5000] + kernel)
         disk = self.keep(initrd.pack([initrd.plain("lib/module.ko", NOISE[:20_000] + kernel)], 7))
         name = f"6.12-{vmlinuz.digest[:8]}{disk.digest[:8]}"
         manifest = Manifest(
-            version=version, layout="test", architecture="amd64", epoch=1_700_000_000, schema_level=1, layers=tuple(layers),
+            version=version, layout="test", architecture="amd64", epoch=1_700_000_000, schema_level=1,
+            layers=tuple(layers),
             kernel=KernelRecord(name, "6.12", "quiet", vmlinuz, disk),
             packages=tuple(PackageRecord(key, value, "all") for key, value in (packages or {"nginx": "1.26"}).items()),
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,9 @@ def test_no_way_and_downgrade_are_refused() -> None:
     assert files(plan(INDEX, "1.3", [D], allow_downgrade=True)) == ["any-to-c"]
 
 
-@given(st.lists(st.tuples(st.sampled_from(["", A, B, C, D]), st.sampled_from([A, B, C]), st.integers(1, 50)), max_size=14))
+@given(
+    st.lists(st.tuples(st.sampled_from(["", A, B, C, D]), st.sampled_from([A, B, C]), st.integers(1, 50)), max_size=14)
+)
 @settings(max_examples=300)
 def test_the_plan_is_the_cheapest_chain(edges: list[tuple[str, str, int]]) -> None:
     index = replace(INDEX, bundles=tuple(entry(*edge) for edge in edges))
@@ -82,7 +85,7 @@ def test_the_plan_is_the_cheapest_chain(edges: list[tuple[str, str, int]]) -> No
     chain = plan(index, "1.0", [A])
     assert sum(one.size for one in chain) == cost[C]
     assert chain[0].start in (A, "")
-    assert all(one.to == after.start for one, after in zip(chain, chain[1:], strict=False))
+    assert all(one.to == after.start for one, after in pairwise(chain))
 
 
 @pytest.mark.parametrize(
@@ -95,13 +98,17 @@ def test_the_plan_is_the_cheapest_chain(edges: list[tuple[str, str, int]]) -> No
         (replace(INDEX, architecture="arm64"), NOW, 0, refusals.WrongArchitecture),
     ],
 )
-def test_an_index_for_another_hour_or_node_is_refused(index: Index, now: int, seen: int, refusal: type[Exception]) -> None:
+def test_an_index_for_another_hour_or_node_is_refused(
+    index: Index, now: int, seen: int, refusal: type[Exception]
+) -> None:
     check_index(INDEX, NOW, 7, "test", "amd64")
     with pytest.raises(refusal):
         check_index(index, now, seen, "test", "amd64")
 
 
-@pytest.mark.parametrize(("signer", "refusal"), [(OTHER, refusals.UnknownKey), (Signer(bytes(32)), refusals.UnknownKey)])
+@pytest.mark.parametrize(
+    ("signer", "refusal"), [(OTHER, refusals.UnknownKey), (Signer(bytes(32)), refusals.UnknownKey)]
+)
 def test_a_foreign_signature_is_refused(signer: Signer, refusal: type[Exception]) -> None:
     with pytest.raises(refusal):
         parse_index(dump_index(INDEX, signer), TRUST)

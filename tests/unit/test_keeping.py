@@ -24,7 +24,7 @@ class NoTools:
     root = Path("/nonexistent")
 
     def run(self, program: str, *args: str | Path, **options: Any) -> Any:
-        raise AssertionError(f"{program} was called")
+        raise AssertionError(f"{program} was called with {args} {options}")
 
 
 @pytest.fixture
@@ -46,8 +46,11 @@ def test_a_channel_grows_and_drops_old_releases(maker: Maker, tmp_path: Path) ->
     index = channel.add(folder, [bundle(two, three, made)], SIGNER, NOW + 20)
     assert index == parse_index((folder / INDEX_NAME).read_bytes(), TRUST)
     check_index(index, NOW + 30, 2, "test", "amd64")
-    assert [bundle.file for bundle in plan(index, "1.0", [one.digest])] == ["samepage-1.0-to-1.1.bundle", "samepage-1.1-to-1.2.bundle"]
-    assert [bundle.file for bundle in plan(index, "0.9", ["f" * 64])][0] == "samepage-any-to-1.0.bundle"
+    assert [bundle.file for bundle in plan(index, "1.0", [one.digest])] == [
+        "samepage-1.0-to-1.1.bundle",
+        "samepage-1.1-to-1.2.bundle",
+    ]
+    assert plan(index, "0.9", ["f" * 64])[0].file == "samepage-any-to-1.0.bundle"
     for entry in index.bundles:
         assert (folder / entry.file).stat().st_size == entry.size
     kept = channel.add(folder, [], SIGNER, NOW + 30, keep=1, revoked=[OTHER.id])
