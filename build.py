@@ -105,9 +105,8 @@ def prepare_venv(hostsetup, with_dev: bool) -> None:  # type: ignore[no-untyped-
         except ImportError:
             error = hostsetup.install(["python3-venv"])
             if error:
-                fail(
-                    f"could not install python3-venv\n{error}\n  hint: run yourself: {hostsetup.advice(['python3-venv'])}"
-                )
+                advice = hostsetup.advice(["python3-venv"])
+                fail(f"could not install python3-venv\n{error}\n  hint: run yourself: {advice}")
         made = subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], stdout=2)
         if made.returncode != 0:
             fail("could not make the virtual environment .venv\n  hint: remove .venv and try again")
@@ -117,9 +116,8 @@ def prepare_venv(hostsetup, with_dev: bool) -> None:  # type: ignore[no-untyped-
     options = [word for name in files for word in ("-r", str(Path(ROOT, name)))]
     pip = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", *options]
     if subprocess.run(pip, stdout=2).returncode != 0:
-        fail(
-            "pip could not install the requirements\n  hint: check the network, or set PIP_INDEX_URL to an index you can reach"
-        )
+        hint = "check the network, or set PIP_INDEX_URL to an index you can reach"
+        fail(f"pip could not install the requirements\n  hint: {hint}")
     (packages / "samepage-appliance.pth").write_text(ROOT + "\n", encoding="utf-8")
 
 

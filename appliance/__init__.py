@@ -1,3 +1,3 @@
-"""Builds the Samepage appliance: recipes -> layout -> render -> layers -> release -> ISO, disk, bundle -> verified node."""
+"""Builds the Samepage appliance: recipes -> layout -> render -> layers -> release -> ISO, disk or bundle -> node."""
 
 __version__ = "2026.11.0"

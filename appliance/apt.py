@@ -8,7 +8,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,24 +53,25 @@ def find_mirrors(
 
 
 def _host_mirrors() -> dict[str, str]:
-    """Debian's entries of the host's apt; the suite does not matter, an archive holds all of them."""
-    template = "$(CREATED_BY)|$(REPO_URI)|$(RELEASE)|$(ORIGIN)"
-    try:
-        lines = run(["apt-get", "indextargets", "--format", template], check=False).stdout.decode().splitlines()
-    except HostError:
-        return {}
+    """Debian's entries of the host's apt; the suite does not matter, an archive holds all of them.
+
+    Entries whose lists were never fetched do not tell their origin; then the address is all there is to go by.
+    """
+    fetched = _apt_says("indextargets", "--format", "'$(REPO_URI)dists/$(RELEASE)/$(CREATED_BY)/$(ORIGIN)'")
+    configured = _apt_says("update", "--print-uris")
+    origins = re.findall(r"^'(\S+?)/?dists/(\S+)/Packages/Debian'", fetched, re.MULTILINE)
+    addresses = re.findall(r"^'(\S+/debian(?:-security)?)/dists/(\S+)/InRelease'", configured, re.MULTILINE)
     found: dict[str, str] = {}
-    for line in lines:
-        created_by, uri, release, origin = line.split("|")
-        # ORIGIN is empty until the host has fetched its lists; then the address is all there is to go by
-        debian = (
-            origin == "Debian"
-            if not origin.startswith("$") and origin
-            else uri.rstrip("/").endswith(("/debian", "/debian-security"))
-        )
-        if created_by == "Packages" and debian:
-            found.setdefault(SECURITY if "-security" in release else MAIN, uri)
+    for uri, release in (*origins, *addresses):
+        found.setdefault(SECURITY if "-security" in release else MAIN, uri)
     return found
+
+
+def _apt_says(*arguments: str) -> str:
+    try:
+        return run(["apt-get", *arguments], check=False).stdout.decode()
+    except HostError:  # no apt on this host
+        return ""
 
 
 def _default_mirrors(suite: str) -> dict[str, str]:
@@ -110,6 +112,10 @@ class Apt:
         """Output of apt-get, apt-cache or apt-helper (full path) with this configuration. Raises CommandError."""
         env = {**os.environ, "LC_ALL": "C.UTF-8"}
         return run([program, *self.options, *arguments], env=env, hint=hint).stdout.decode()
+
+    def pretend(self, stanzas: Iterable[str]) -> None:
+        """Let dpkg's status, which is empty otherwise, hold these stanzas."""
+        (self.folder / "status").write_text("\n".join(stanzas))
 
     def release_files(self) -> list[str]:
         """Texts of the release files that `update` fetched, whose signatures apt has checked."""

@@ -21,7 +21,11 @@ CODE = Path(__file__).parent
 def make_kernel(tree: Rootfs, lock: Lock, store: Store) -> Kernel:
     """The kernel of the tree with a RAM disk made for it."""
     version = tree.kernel
-    inputs = {"boot chain": tree.boot.parent.name, "clock": str(lock.epoch), "initrd code": code_digest(["initrd.py", "boot/init.sh"])}
+    inputs = {
+        "boot chain": tree.boot.parent.name,
+        "clock": str(lock.epoch),
+        "initrd code": code_digest(["initrd.py", "boot/init.sh"]),
+    }
 
     def build(folder: Path) -> None:
         shutil.copyfile(tree.boot / "boot" / f"vmlinuz-{version}", folder / "vmlinuz")

@@ -64,10 +64,10 @@ class Verbs(click.Group):
         "doctor": "host", "clean": "host", "completion": "host", "test": "host", "bench": "host",
     }  # fmt: skip
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(self.home)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.home:
             return None
         import importlib
@@ -178,9 +178,8 @@ def report(error: BaseException, settled: Settled) -> int:
             )
             return 3
         case OSError():
-            console.error(
-                f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}\n  hint: run it again with --debug"
-            )
+            where = f": {error.filename}" if error.filename else ""
+            console.error(f"{error.strerror or error}{where}\n  hint: run it again with --debug")
             return 1
         case _:
             console.error(

@@ -80,7 +80,7 @@ class Console:
 
     @contextmanager
     def stage(self, name: str, reason: str = "") -> Iterator[Progress]:
-        """One step of the pipeline with its time; `reason` says why it runs. Shows that time passes, whatever happens."""
+        """One step of the pipeline with its time; `reason` says why it runs. Shows that time passes."""
         started = time.monotonic()
         if "TEAMCITY_VERSION" in os.environ:
             self.note(f"##teamcity[blockOpened name='{teamcity_escape(name)}']")

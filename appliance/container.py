@@ -70,7 +70,9 @@ def _app(layer: Layer, files: tuple[RenderedFile, ...], tools: Tools, out: Path,
     with tempfile.TemporaryDirectory(dir=out.parent) as name:
         folder = Path(name) / "app"
         folder.mkdir(mode=0o755)
-        tools.run("fsck.erofs", f"--extract={folder}", "--overwrite", "--no-preserve-owner", "--preserve-perms", layer.image)
+        tools.run(
+            "fsck.erofs", f"--extract={folder}", "--overwrite", "--no-preserve-owner", "--preserve-perms", layer.image
+        )
         with tarfile.open(out, "w", format=tarfile.GNU_FORMAT) as tar:
             tar.add(folder, ".", filter=settle)
 

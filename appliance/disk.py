@@ -16,7 +16,7 @@ from appliance.errors import ApplianceError
 from appliance.model import Artifact, Layer, Release, ToolBox
 from appliance.node import disklayout, paths
 from appliance.node.release import boot_record, dump_layers, parse
-from appliance.run import run
+from appliance.run import find_program, run
 
 DEFAULT_SIZE = 8 << 30  # bytes; the file is sparse
 
@@ -95,10 +95,13 @@ def _state(work: Path, size: int, release: Release, node: str, tools: ToolBox) -
     image = work / "state.btrfs"
     with image.open("xb") as file:
         file.truncate(size - size % 4096)
-    tools.run(
+    make = tools.command(
         "mkfs.btrfs", "--quiet", "--label", paths.STATE_LABEL, "--uuid", _guid(release, "file system"),
         "--rootdir", tree, "--subvol", f"rw:{paths.DATA}/1", image,
     )  # fmt: skip
+    # the files of the image belong to whoever owns those of the folder: to root, where only a namespace makes it so
+    as_root = [] if os.geteuid() == 0 else [find_program("unshare"), "--user", "--map-root-user"]
+    run([*as_root, *make], env=tools.environment, hint="./build.py doctor says whether user namespaces work here")
     shutil.rmtree(tree)
     return image
 

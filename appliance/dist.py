@@ -26,23 +26,34 @@ def publish(built: Built, target: Path, code: str, write: Callable[[], Artifact]
     """The image at `target`, written by `write` unless the same inputs left it there; companions beside it."""
     from appliance.pipeline import Output
 
-    inputs = inputs_of(built, code)
+    name = key_of({"image": str(target.absolute())})
+    with built.store.locked(f"dist-{name[:16]}", f"another build writes {target.name}; waiting for it"):
+        artifact, rewritten = _settle(built, target, inputs_of(built, code), write, console)
+        for path, content in companions(built, artifact).items():
+            if not path.exists() or path.read_bytes() != content:
+                put_beside(path, content)
+    with built.store.locked(
+        f"rendered-{key_of({'project': str(built.options.project)})[:16]}", "waiting for another build"
+    ):
+        keep_rendered(built)
+    return Output(artifact, built, rewritten)
+
+
+def _settle(
+    built: Built, target: Path, inputs: dict[str, str], write: Callable[[], Artifact], console: Console
+) -> tuple[Artifact, bool]:
+    """The image as it stands, or written anew; and whether it was."""
     record = Record.read(target)
     if record is not None and record.inputs == inputs and record.fits(target):
         console.reused(target.suffix.removeprefix("."))
-        artifact, rewritten = Artifact(target, record.sha256, record.size), False
-    else:
-        require_room_for(built, target)
-        for stale in (record_file(target), target):
-            stale.unlink(missing_ok=True)  # a build killed from here on must not leave an old image with new companions
-        artifact, rewritten = write(), True
-        status = target.stat()
-        Record(inputs, artifact.sha256, status.st_size, status.st_mtime_ns).write(target)
-    for path, content in companions(built, artifact).items():
-        if not path.exists() or path.read_bytes() != content:
-            put_beside(path, content)
-    keep_rendered(built)
-    return Output(artifact, built, rewritten)
+        return Artifact(target, record.sha256, record.size), False
+    require_room_for(built, target)
+    for stale in (record_file(target), target):
+        stale.unlink(missing_ok=True)  # a build killed from here on must not leave an old image with new companions
+    artifact = write()
+    status = target.stat()
+    Record(inputs, artifact.sha256, status.st_size, status.st_mtime_ns).write(target)
+    return artifact, True
 
 
 def inputs_of(built: Built, code: str) -> dict[str, str]:
@@ -87,7 +98,12 @@ def require_room_for(built: Built, target: Path) -> None:
 
     packed = sum(layer.packed.stat().st_size for layer in built.layers)
     kernel = built.release.kernel
-    require_room({target.parent: int(1.02 * (packed + kernel.vmlinuz.stat().st_size + kernel.initrd.stat().st_size)) + (80 << 20)})
+    require_room(
+        {
+            target.parent: int(1.02 * (packed + kernel.vmlinuz.stat().st_size + kernel.initrd.stat().st_size))
+            + (80 << 20)
+        }
+    )
 
 
 def keep_rendered(built: Built) -> None:

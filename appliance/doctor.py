@@ -150,7 +150,8 @@ def container_engine() -> Iterator[Finding]:
         elif denied:
             fix = f"sudo usermod -aG docker {getpass.getuser()}, then log in again"
         else:
-            fix = "sudo systemctl start docker"
+            managed = Path("/run/systemd/system").is_dir()
+            fix = "sudo systemctl start docker" if managed else "sudo sh -c 'dockerd >/var/log/dockerd.log 2>&1 &'"
         yield Finding(
             "container engine", "optional", "permission denied" if denied else "no Docker engine answers", fix
         )

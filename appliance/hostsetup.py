@@ -56,6 +56,7 @@ SETS: dict[str, tuple[HostPackage, ...]] = {
         HostPackage("iptables", ("iptables",), "the container engine's network"),
         HostPackage("openssl", ("openssl",), "makes a certificate for a server that a test asks"),
         HostPackage("mtools", ("mcopy",), "reads the EFI partition that was written"),
+        HostPackage("cpio", ("cpio",), "reads the RAM disk that was written"),
     ),
 }
 OPTIONAL_SETS = frozenset({"test"})  # without these, tests are skipped with the reason

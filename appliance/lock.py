@@ -21,6 +21,8 @@ from appliance.model import ARCHITECTURE, Lock, Model, Package, frozen_map
 
 SUITE = "trixie"
 SETS = ("core", "full", "tools")
+OMITTED = "omitted"  # in `wanted`: packages that dependencies name and that are left out
+OMITTED_VERSION = "999:0~omitted"  # newer than what any dependency asks for
 CORE_RECIPE = "base"
 
 TOOLS = (
@@ -46,10 +48,12 @@ _RELOCK = "run ./build.py lock, which resolves what the recipes ask for"
 
 
 def wanted(model: Model) -> Mapping[str, tuple[str, ...]]:
-    """Per set, the package names that the recipes of the layout ask for."""
+    """Per set, the package names that the recipes of the layout ask for; under "omitted", those they leave out."""
     core = {name for recipe in model.recipes if recipe.name == CORE_RECIPE for name in recipe.packages}
     full = {name for recipe in model.recipes for name in recipe.packages}
-    return frozen_map({"core": tuple(sorted(core)), "full": tuple(sorted(full)), "tools": tuple(sorted(TOOLS))})
+    omitted = {name for recipe in model.recipes for name in recipe.omit}
+    sets = {"core": core, "full": full, "tools": set(TOOLS), OMITTED: omitted}
+    return frozen_map({name: tuple(sorted(names)) for name, names in sets.items()})
 
 
 def check(lock: Lock, model: Model) -> None:
@@ -58,7 +62,7 @@ def check(lock: Lock, model: Model) -> None:
         raise LockError(f"the lock is for Debian {lock.suite}, not {SUITE}", hint=_RELOCK)
     asked = wanted(model)
     differences = []
-    for name in SETS:
+    for name in (*SETS, OMITTED):
         missing = sorted(set(asked[name]) - set(lock.wanted.get(name, ())))
         left = sorted(set(lock.wanted.get(name, ())) - set(asked[name]))
         differences += [f"{package} is not in the lock's set {name}" for package in missing]
@@ -83,6 +87,7 @@ def resolve(
     Raises CommandError when the archive is out of reach or its signature is wrong, LockError when a name is unknown.
     """
     with private_apt(suite, mirrors, keyring=keyring, cache=cache) as apt:
+        apt.pretend(omitted_stanza(name) for name in wanted.get(OMITTED, ()))
         update(apt)
         dates = [
             line.partition(":")[2].strip()
@@ -113,7 +118,17 @@ def resolve(
             # naming the core's packages makes it a part of the full set whatever alternatives apt would rather take
             full = closure(["?essential", *(package.name for package in core), *wanted["full"]])
     epoch = max(int(parsedate_to_datetime(date).timestamp()) for date in dates)
-    return Lock(suite, epoch, frozen_map(dict(wanted)), frozen_map({"core": core, "full": full, "tools": tools.result()}))
+    sets = {"core": core, "full": full, "tools": tools.result()}
+    return Lock(suite, epoch, frozen_map(dict(wanted)), frozen_map(sets))
+
+
+def omitted_stanza(name: str) -> str:
+    """What dpkg's status says of a package that is left out: apt and dpkg take its dependants for satisfied."""
+    return (
+        f"Package: {name}\nStatus: install ok installed\nPriority: optional\nSection: misc\n"
+        f"Maintainer: nobody <nobody@localhost>\nArchitecture: {ARCHITECTURE}\nMulti-Arch: same\n"
+        f"Version: {OMITTED_VERSION}\nDescription: left out, nothing in the appliance loads it\n"
+    )
 
 
 def _parse_uri(line: str, mirrors: Mirrors) -> Package:
@@ -156,7 +171,7 @@ def format_lock(lock: Lock) -> str:
         )
         for package in sorted(sets_of, key=lambda package: (package.name, package.version))
     )
-    wanted = ",\n".join(f"    {json.dumps(name)}: {json.dumps(lock.wanted[name])}" for name in SETS)
+    wanted = ",\n".join(f"    {json.dumps(name)}: {json.dumps(lock.wanted.get(name, ()))}" for name in (*SETS, OMITTED))
     return (
         f'{{\n  "format": {_FORMAT},\n  "suite": {json.dumps(lock.suite)},\n  "epoch": {lock.epoch},\n'
         f'  "wanted": {{\n{wanted}\n  }},\n  "packages": [\n{lines}\n  ]\n}}\n'
@@ -189,7 +204,9 @@ def read_lock(file: Path) -> Lock:
             )
         packages = [(_read_package(entry), tuple(entry["sets"])) for entry in data["packages"]]
         sets = {name: tuple(package for package, within in packages if name in within) for name in SETS}
-        wanted = {name: tuple(data["wanted"][name]) for name in SETS}
+        wanted = {name: tuple(data["wanted"][name]) for name in SETS} | {
+            OMITTED: tuple(data["wanted"].get(OMITTED, ()))
+        }
         return Lock(str(data["suite"]), int(data["epoch"]), frozen_map(wanted), frozen_map(sets))
     except KeyError as error:
         raise LockError(f"{file}: the key {error} is missing", hint=_MEND) from error

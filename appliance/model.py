@@ -168,6 +168,7 @@ class Recipe:
     readable: bool = True  # false: recipe.yaml could not be read and the rest is empty
     build: str = ""  # executable in the recipe's folder, run in the root file system once all packages are in it
     exclude: tuple[str, ...] = ()  # absolute globs of files of the packages that the base layer leaves out
+    omit: tuple[str, ...] = ()  # Debian packages that others depend on and nothing here loads
 
 
 # --- layout --------------------------------------------------------------------------------------------------------
@@ -326,6 +327,11 @@ class ToolBox(Protocol):
 
     @property
     def root(self) -> Path: ...
+
+    @property
+    def environment(self) -> dict[str, str]: ...
+
+    def command(self, program: str, *arguments: str | Path) -> list[str]: ...
 
     def run(
         self, program: str, *arguments: str | Path, env: Mapping[str, str] | None = None, input: bytes | None = None

@@ -160,7 +160,13 @@ def assemble(options: Options, model: Model, trees: tuple[RenderedTree, ...], lo
 
 
 def make_layers(
-    options: Options, model: Model, trees: tuple[RenderedTree, ...], tree: Rootfs, toolbox: Tools, lock: Lock, store: Store
+    options: Options,
+    model: Model,
+    trees: tuple[RenderedTree, ...],
+    tree: Rootfs,
+    toolbox: Tools,
+    lock: Lock,
+    store: Store,
 ) -> tuple[Layer, ...]:
     """One base layer, one app layer, and a config layer per node."""
     from appliance import layers, wheels
@@ -215,7 +221,9 @@ def relock(options: Options, model: Model, console: Console) -> Lock:
     return old
 
 
-def fetcher(options: Options, lock: Lock, store: Store, console: Console) -> Callable[[Iterable[Package]], Mapping[str, Path]]:
+def fetcher(
+    options: Options, lock: Lock, store: Store, console: Console
+) -> Callable[[Iterable[Package]], Mapping[str, Path]]:
     """Fetches packages into the cache, with progress; asks for mirrors only when something must be fetched."""
     from appliance import archive
     from appliance.apt import find_mirrors

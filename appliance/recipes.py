@@ -102,6 +102,7 @@ def load_recipe(project: Path, folder: Path, faults: Faults) -> Recipe:
         readable=value is not None,
         build=build,
         exclude=tuple(item.data for item in fields.texts("exclude", _GLOB, "an absolute path, with * for any text")),
+        omit=tuple(item.data for item in fields.texts("omit", _PACKAGE, "the name of a Debian package")),
         places=frozen_map(
             {f"{key}.{item.data}": item.place for key, items in (("needs", needs), ("mask", mask)) for item in items}
         ),

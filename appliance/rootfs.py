@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from appliance.errors import ApplianceError, CommandError, HostError
-from appliance.lock import CORE_RECIPE
+from appliance.lock import CORE_RECIPE, OMITTED, omitted_stanza
 from appliance.model import Lock, Model, Package, Recipe, User
 from appliance.run import run, stream
 from appliance.store import Store, digest_of_files
@@ -97,6 +97,7 @@ def tree_inputs(lock: Lock, model: Model) -> dict[str, str]:
         "users": json.dumps(_users(model, core=True) + _users(model, core=False)),
         "excluded files": json.dumps(_excluded(model, core=False)),
         "build steps": digest_of_files(_builds(model)),
+        "omitted": json.dumps(lock.wanted.get(OMITTED, ())),
         **{f"package {package.name}": f"{package.version} {package.sha256}" for package in lock.sets["full"]},
     }
 
@@ -155,6 +156,7 @@ def _build_core(lock: Lock, model: Model, obtain: Obtain, folder: Path, report: 
         "modules": _modules(model),
         "exclude": _excluded(model, core=True),
         "builds": [],
+        "omitted": [],
     }
     tar = folder / "core.tar"
     with work_folder() as work:
@@ -206,6 +208,7 @@ def _build_tree(lock: Lock, model: Model, obtain: Obtain, core: Path, folder: Pa
     config = {
         "users": users, "modules": _modules(model), "exclude": _excluded(model, core=False),
         "builds": [f"recipes/{recipe.name}/{recipe.build}" for recipe in model.recipes if recipe.build],
+        "omitted": [omitted_stanza(name) for name in lock.wanted.get(OMITTED, ())],
     }  # fmt: skip
     with work_folder() as work:
         _pack_repository(packages, obtain(packages), config, lock, work / "packages.tar", _builds(model))
@@ -217,7 +220,7 @@ def _build_tree(lock: Lock, model: Model, obtain: Obtain, core: Path, folder: Pa
             report,
             "--variant=custom",
             "--skip=update,cleanup/mmdebstrap",
-            '--setup-hook=tar -x --numeric-owner -C "$1" <&9 && mkdir -p "$1/dev"',
+            f'--setup-hook={_FROM.format(99)} tar -x --numeric-owner -C "$1" && mkdir -p "$1/dev"',
             f"--setup-hook={_UNPACK}",
             f"--customize-hook={_STAGE.format(stage='prepare')}",
             *(
@@ -231,10 +234,12 @@ def _build_tree(lock: Lock, model: Model, obtain: Obtain, core: Path, folder: Pa
         )
 
 
-# Hooks get the chroot as $1. Descriptor 8 is the packages' tar, 9 the core's: the namespace's user may not be able to
-# open what belongs to the builder's user.
+# Hooks get the chroot as $1. Descriptor 98 is the packages' tar, 99 the core's: the namespace's user may not be able to
+# open what belongs to the builder's user. Low numbers are mmdebstrap's: it hands one of its own to a sh that knows only
+# those below 10, as plain sh does, so bash reads these.
+_FROM = "bash -c 'exec \"$@\" <&{}' bash"
 _UNPACK = (
-    f'mkdir "$1/{_PLACE}" && tar -x --no-same-owner -C "$1/{_PLACE}" <&8 && '
+    f'mkdir "$1/{_PLACE}" && {_FROM.format(98)} tar -x --no-same-owner -C "$1/{_PLACE}" && '
     f'echo "deb [trusted=yes] file:$1/{_PLACE} ./" > "$1/etc/apt/sources.list"'
 )
 _STAGE = f'/usr/bin/python3 -I "$1/{_PLACE}/stage.py" {{stage}} "$1"'
@@ -249,7 +254,7 @@ _INSTALL = (
 _GUARD = """\
 umask 022
 trap 'kill -KILL 0' TERM
-"$@" 8<"$SAMEPAGE_PACKAGES" 9<"$SAMEPAGE_CORE" >"$SAMEPAGE_OUT" &
+"$@" 98<"$SAMEPAGE_PACKAGES" 99<"$SAMEPAGE_CORE" >"$SAMEPAGE_OUT" &
 wait "$!"
 """
 
@@ -294,7 +299,7 @@ def _mmdebstrap(lock: Lock, work: Path, out: Path, core: Path | None, report: Re
             report(configured)
 
     status = stream(
-        ["setpriv", "--pdeathsig", "TERM", "sh", "-c", _GUARD, "sh", *argv],
+        ["setpriv", "--pdeathsig", "TERM", "bash", "-c", _GUARD, "bash", *argv],
         env=env,
         cwd=work,
         check=False,

@@ -4,6 +4,7 @@ A step's folder appears whole or not at all: it is built beside its place and re
 key, so a killed build leaves nothing that the next one trusts, and two builds at once make each result once.
 
     <root>/steps/<name>/<key>/           what the step wrote
+    <root>/steps/<name>/<key>.*.partial  what is being built, or was when the builder was killed
     <root>/steps/<name>/<key>.json       its inputs, and the size of every file: a torn result is noticed unread
     <root>/locks/                        empty files to lock
     <root>/last/                         which inputs a checkout used last, for `explain`
@@ -27,6 +28,8 @@ from pathlib import Path
 from appliance.errors import HostError
 
 Notify = Callable[[str], None]
+
+KEEP_DAYS = 14  # a step that makes a new result forgets those that nobody used for so long
 
 
 def default_root(environ: Mapping[str, str] = os.environ) -> Path:
@@ -79,6 +82,7 @@ class Store:
             with self.locked(f"{name}-{place.name}", f"another build is making {name}; waiting for it"):
                 if not _is_whole(place):
                     self._build(place, inputs, build)
+            self.clean(keep_days=KEEP_DAYS, only=name)
         _record(place).touch()  # when it was used last, for `clean`
         self._remember(name, inputs)
         return place
@@ -87,25 +91,28 @@ class Store:
         """What a running step tells about itself; a store with a console shows it."""
 
     def _build(self, place: Path, inputs: Mapping[str, str], build: Callable[[Path], None]) -> None:
-        partial = place.with_name(place.name + ".partial")
-        for leftover in (partial, place):
-            remove(leftover)
-        _record(place).unlink(missing_ok=True)
         try:
-            partial.mkdir(parents=True)
-            build(partial)
-            record = {"inputs": dict(sorted(inputs.items())), "files": _sizes(partial)}
-            partial.rename(place)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            for leftover in place.parent.glob(f"{place.name}.*.partial"):
+                with suppress(OSError):  # a program of the killed build may still write there, which harms nothing
+                    remove(leftover)
+            remove(place)
+            _record(place).unlink(missing_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=".partial", dir=place.parent))
+            try:
+                partial.chmod(0o755)
+                build(partial)
+                record = {"inputs": dict(sorted(inputs.items())), "files": _sizes(partial)}
+                partial.rename(place)
+            except BaseException:
+                remove(partial)
+                raise
             _write_whole(_record(place), json.dumps(record, indent=0))
         except OSError as error:
-            remove(partial)
             raise HostError(
                 f"cannot write the cache {self.root}: {error.strerror or error}",
                 hint="free some space with ./build.py clean, or place the cache elsewhere with SAMEPAGE_CACHE",
             ) from error
-        except BaseException:
-            remove(partial)
-            raise
 
     # --- explaining --------------------------------------------------------------------------------------------------
 
@@ -166,10 +173,10 @@ class Store:
 
     # --- room and cleaning -------------------------------------------------------------------------------------------
 
-    def results(self) -> list[Result]:
-        """Every result and every leftover of a killed build, oldest use first."""
+    def results(self, only: str = "*") -> list[Result]:
+        """Every result (of one step) and every leftover of a killed build, oldest use first."""
         found = []
-        for place in (self.root / "steps").glob("*/*"):
+        for place in (self.root / "steps").glob(f"{only}/*"):
             if place.suffix == ".json":
                 continue
             record = _record(place)
@@ -177,14 +184,17 @@ class Store:
             found.append(Result(place.parent.name, place, used, disk_usage(place)))
         return sorted(found, key=lambda result: result.used)
 
-    def clean(self, *, keep_days: float | None = None) -> int:
-        """Remove all results, or those not used for `keep_days`; returns the bytes freed. What is being built stays."""
+    def clean(self, *, keep_days: float | None = None, only: str = "*") -> int:
+        """Remove all results (of one step), or those not used for `keep_days`; returns the bytes freed.
+
+        What is being built stays.
+        """
         freed = 0
-        for result in self.results():
-            if keep_days is not None and result.used > time.time() - keep_days * 86400:
+        for result in self.results(only):
+            if keep_days is not None and (result.leftover or result.used > time.time() - keep_days * 86400):
                 continue
             with self.locked(
-                f"{result.name}-{result.place.name.removesuffix('.partial')}",
+                f"{result.name}-{result.place.name.partition('.')[0]}",
                 f"waiting for a build that makes {result.name}",
             ):
                 _record(result.place).unlink(missing_ok=True)
@@ -202,9 +212,17 @@ class Result:
     used: float
     size: int
 
+    @property
+    def leftover(self) -> bool:
+        """Whether it is being built, or was when the builder was killed."""
+        return self.place.suffix == ".partial"
+
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, also one with folders that are not writable; a missing one is fine."""
+    """Remove a file or a folder, also one with folders that are not writable; a missing one is fine.
+
+    Raises OSError, e.g. when a program still writes there.
+    """
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,10 +33,23 @@ def _download(wheel: Wheel, place: Path) -> None:
         (folder / "wanted.txt").write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
         options = ["--no-deps", "--only-binary=:all:", "--python-version", NODE_PYTHON, "--require-hashes", "--quiet"]
         run(
-            [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", *options, "-d", folder, "-r", folder / "wanted.txt"],
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "--disable-pip-version-check",
+                "download",
+                *options,
+                "-d",
+                folder,
+                "-r",
+                folder / "wanted.txt",
+            ],
             hint=f"correct {wheel.place.file}:{wheel.place.line}, or set PIP_INDEX_URL to an index that has the wheel",
         )
         files = list(folder.glob("*.whl"))
         if len(files) != 1 or hashlib.sha256(files[0].read_bytes()).hexdigest() != wheel.sha256:
-            raise ApplianceError(f"the index has another {wheel.requirement}", hint=f"correct the sha256 in {wheel.place.file}")
-        os.replace(files[0], place)
+            raise ApplianceError(
+                f"the index has another {wheel.requirement}", hint=f"correct the sha256 in {wheel.place.file}"
+            )
+        files[0].replace(place)

@@ -12,9 +12,9 @@ from pathlib import Path
 from appliance.node.health import HEALTH_FILE
 from appliance.targets.base import Instance, Request
 from appliance.targets.qemu import Qemu
-from bench.measure import BenchError, scratch
+from bench.measure import BenchError, cpu_of, scratch
 from bench.report import Figure, of_runs, paired_ratio
-from bench.vm import MEMORY, Boot, boot_peer, peer_vm
+from bench.vm import MEMORY, Boot, boot_peer, peer_vm, pid_of
 from bench.workshop import Workshop
 
 SETTLE = 30.0  # s from healthy until the memory is read, as in guest/ready.py
@@ -46,6 +46,8 @@ def compare(shop: Workshop, bench: str, request: Request, folder: Path) -> None:
         of_runs(bench, "kernel to healthy", mine, "s"),
         of_runs(bench, "untuned VM, kernel to healthy", other, "s"),
         Figure(bench, "to untuned VM", paired_ratio(mine, other), "x", 0.6),
+        of_runs(bench, "QEMU's CPU until healthy", [one.cpu for one in ours], "CPU s", note="firmware and GRUB"),
+        of_runs(bench, "untuned VM, QEMU's CPU", [one.cpu for one in theirs], "CPU s", note="-kernel"),
         of_runs(bench, "QEMU to healthy", [one.qemu_to_healthy for one in ours], "s", note="firmware and GRUB"),
         of_runs(bench, "untuned VM, QEMU to healthy", [one.qemu_to_healthy for one in theirs], "s", note="-kernel"),
         of_runs(bench, "memory, idle", [one.memory / 1e6 for one in ours], "MB", 300.0),
@@ -81,6 +83,7 @@ def boot_appliance(request: Request, folder: Path) -> Boot:
     instance = target.up(request, folder)
     try:
         await_healthy(target, instance, 400)
+        cpu = cpu_of(pid_of(folder))
         time.sleep(SETTLE)
         script = f"cat /proc/meminfo; echo; cat /proc/uptime; echo; cat {HEALTH_FILE}"
         meminfo, uptime, health = target.execute(instance, ["sh", "-c", script]).stdout.decode().split("\n\n", 2)
@@ -91,7 +94,7 @@ def boot_appliance(request: Request, folder: Path) -> Boot:
     if not record["healthy"]:
         raise BenchError(f"the node says that it is not healthy: {health}")
     seconds = float(record["boot_seconds"])
-    return Boot(seconds, began + seconds - started, memory_in_use(meminfo), {})
+    return Boot(seconds, began + seconds - started, cpu, memory_in_use(meminfo), {})
 
 
 def await_healthy(target: Qemu, instance: Instance, timeout: float) -> None:

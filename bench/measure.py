@@ -77,6 +77,16 @@ def _wait(process: subprocess.Popen[bytes], deadline: float) -> tuple[int, resou
         time.sleep(0.005)
 
 
+def cpu_of(pid: int) -> float:
+    """User and system seconds that a running process has used. Raises BenchError when it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError as error:
+        raise BenchError(f"the process {pid} has ended") from error
+    fields = text.rpartition(")")[2].split()  # the name, in parentheses, may hold anything
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def disk_size(path: Path) -> int:
     """Bytes allocated on disk by a file or a tree; hard links count once, links are not followed."""
     seen: set[tuple[int, int]] = set()

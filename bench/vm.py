@@ -15,7 +15,7 @@ from appliance.apt import Mirrors
 from appliance.targets.base import Request
 from appliance.targets.qemu import Qemu, prepare_disks, start
 from bench.debian import mmdebstrap
-from bench.measure import BenchError, measure, remove_tree, scratch
+from bench.measure import BenchError, cpu_of, measure, remove_tree, scratch
 
 GUEST = Path(__file__).parent / "guest"
 MEMORY = 2048  # MiB, as the private-cloud layout gives its node
@@ -38,6 +38,7 @@ class Boot:
 
     kernel_to_healthy: float
     qemu_to_healthy: float
+    cpu: float  # CPU seconds of QEMU until then, which other load on the host changes least
     memory: int  # bytes in use when idle
     services: dict[str, float]  # seconds of the guest's clock when each service answered first, where that is known
 
@@ -82,6 +83,11 @@ def _build(packages: Sequence[str], work: Path, mirrors: Mirrors) -> None:
     measure(["/sbin/mke2fs", "-q", "-t", "ext4", "-d", tree, work / "disk", DISK_SIZE], log=work / "mke2fs.log")
 
 
+def pid_of(folder: Path) -> int:
+    """The QEMU process of the machine whose files are in `folder`."""
+    return int((folder / "pid").read_text())
+
+
 def console_value(text: str, word: str) -> dict[str, float] | None:
     """The JSON that guest/ready.py printed after `word` on the serial console, once its line is complete."""
     found = re.search(rf"^{word} (\{{.*\}})", text, re.MULTILINE)
@@ -101,12 +107,13 @@ def boot_peer(peer: PeerVm, folder: Path, *, blame: bool = False, timeout: float
     target, started = Qemu(), time.monotonic()
     loader = ("-kernel", str(peer.vmlinuz), "-initrd", str(peer.initrd), "-append", line)
     instance = start(request, folder, {}, loader)
-    wall = 0.0
+    wall = cpu = 0.0
     try:
         while True:
             text = target.console(instance)
             ready, memory = console_value(text, "BENCH-READY"), console_value(text, "BENCH-MEMORY")
-            wall = wall or (time.monotonic() - started if ready else 0.0)
+            if ready and not wall:
+                wall, cpu = time.monotonic() - started, cpu_of(pid_of(folder))
             if ready and memory and (not blame or "BENCH-BLAMED" in text):
                 break
             if target.state(instance) != "running" or time.monotonic() > started + timeout:
@@ -114,4 +121,4 @@ def boot_peer(peer: PeerVm, folder: Path, *, blame: bool = False, timeout: float
             time.sleep(0.2)
     finally:
         target.down(instance)
-    return Boot(ready.pop("healthy"), wall, int(memory["used"]), ready)
+    return Boot(ready.pop("healthy"), wall, cpu, int(memory["used"]), ready)

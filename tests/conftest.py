@@ -7,7 +7,8 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from trees import VALID, write_tree
+
+from tests.trees import VALID, write_tree
 
 GOLDEN = Path(__file__).parent / "golden"
 Golden = Callable[[str, str], None]

@@ -72,6 +72,17 @@ find_device() { # find_device LABEL=... | UUID=...: sets $device, waits for it u
     done
 }
 
+settle() { # until nothing new has come for 4 s: an installer must see the disks that are slow to appear
+    local calm=0 before
+    while [ $calm -lt 8 ]; do
+        before="$known $(echo /sys/block/*)"
+        sleep 0.5
+        load_drivers
+        calm=$((calm + 1))
+        [ "$before" = "$known $(echo /sys/block/*)" ] || calm=0
+    done
+}
+
 attach_image() { # attach_image FILE FOLDER: a loop device only where the kernel cannot mount the file itself
     file_mount -t erofs -o ro "$1" "$2" 2>/dev/null || mount -t erofs -o ro,loop "$1" "$2"
 }
@@ -140,6 +151,7 @@ make_machine_id() {
     local folder=/mnt/identity/etc
     [ -s $folder/machine-id ] && return
     mkdir -p $folder
+    chmod 0711 /mnt/identity # services pass through to folders of their own
     head -c 16 /dev/random | hexdump -e '16/1 "%02x" "\n"' >$folder/machine-id.new
     chmod 0444 $folder/machine-id.new
     sync
@@ -191,7 +203,10 @@ fi || halt_with "the data subvolume $data cannot be mounted"
 cp "$store/releases/$release/release.json" /run/samepage/release.json
 echo "$mode" >/run/samepage/mode
 mount --move /mnt /sysroot/state
-[ -n "$install" ] && modprobe -qab btrfs crc32c_intel # the kernel cannot ask for them once /proc has moved
+if [ -n "$install" ]; then
+    modprobe -qab btrfs crc32c_intel # the kernel cannot ask for them once /proc has moved
+    settle
+fi
 for folder in dev proc sys run; do mount --move /$folder /sysroot/$folder; done
 
 if [ -n "$install" ]; then

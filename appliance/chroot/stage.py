@@ -7,8 +7,8 @@
 
 Standard library only, and no imports from the builder: the namespace's user may not be able to read its folder. Reads
 config.json beside itself: {"users": [{name, uid, home, groups, group_only}], "modules": [names], "exclude": [globs],
-"builds": [paths beside this file], "epoch": seconds}. What it can name ends with status 3 and one line per fault on
-stderr.
+"builds": [paths beside this file], "omitted": [dpkg stanzas], "epoch": seconds}. What it can name ends with status 3
+and one line per fault on stderr.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -82,6 +83,7 @@ def prepare(root: Path, config: Config) -> list[str]:
     )
     rules += "".join(f"path-exclude={glob}\npath-exclude={glob}/*\n" for glob in config["exclude"])
     write(root / "etc/dpkg/dpkg.cfg.d/90-samepage", rules)
+    register(root, config["omitted"])
     write(root / "etc/postgresql-common/createcluster.conf", "create_main_cluster = false\nstart_conf = manual\n")
     for name in DECOYS:
         if not (root / name).exists():
@@ -89,6 +91,16 @@ def prepare(root: Path, config: Config) -> list[str]:
     add_users(root, config["users"])
     subprocess.run(["chroot", root, "debconf-set-selections"], input=ANSWERS.encode(), check=True)
     return []
+
+
+def register(root: Path, stanzas: list[str]) -> None:
+    """Let dpkg take packages that are left out for installed. They have no files."""
+    state = root / "var/lib/dpkg"
+    with (state / "status").open("a") as status:
+        status.writelines("\n" + stanza for stanza in stanzas)
+    for stanza in stanzas:
+        name, architecture = re.findall(r"^(?:Package|Architecture): (.*)$", stanza, re.MULTILINE)
+        write(state / f"info/{name}:{architecture}.list", "/.\n")
 
 
 def _module_patterns(name: str) -> list[str]:

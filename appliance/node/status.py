@@ -167,7 +167,7 @@ def console_text(facts: Mapping[str, object], found: Mapping[str, object], login
     if facts["host_key"]:
         rows.append(("Host key", [str(facts["host_key"])]))
     if login:
-        rows.append(("First login", [f"{login.get('login', '')}  password  {login.get('password', '')}",
+        rows.append(("First login", [f"{login.get('user', '')}  password  {login.get('password', '')}",
                                      "shown here only, until it has been used once"]))
     lines = [f"Samepage appliance {facts['release']}", ""]
     for label, values in rows:

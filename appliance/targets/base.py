@@ -27,6 +27,9 @@ HOPELESS = (b"Freezing execution", b"Kernel panic", b"The appliance cannot start
 HEALTH_FILE = "/run/samepage/health.json"
 
 State = Literal["running", "stopped", "absent"]
+Kind = Literal["iso", "usb", "disk", "install", "layers"]
+Firmware = Literal["bios", "uefi"]
+DEFAULT_MEMORY = 2048  # MiB
 
 
 class NodeError(ApplianceError):
@@ -39,9 +42,9 @@ class Request:
 
     name: str
     image: Path
-    kind: Literal["iso", "usb", "disk", "install", "layers"] = "iso"
-    memory: int = 2048
-    firmware: Literal["bios", "uefi"] = "bios"
+    kind: Kind = "iso"
+    memory: int = DEFAULT_MEMORY
+    firmware: Firmware = "bios"
     credentials: Mapping[str, bytes] = field(default_factory=frozen_map)
     deadline: float = 900.0  # seconds until the node must be healthy
     hardware: Mapping[str, str] = field(default_factory=frozen_map)  # qemu: nic=e1000, disk=ahci
@@ -149,8 +152,8 @@ def load(folder: Path) -> Instance | None:
 def save_request(request: Request, folder: Path) -> None:
     """Keeps what the node was started with, so that a copy has the same hardware."""
     record = {
-        "image": str(request.image.resolve()), "kind": request.kind, "memory": request.memory, "firmware": request.firmware,
-        "hardware": dict(request.hardware),
+        "image": str(request.image.resolve()), "kind": request.kind, "memory": request.memory,
+        "firmware": request.firmware, "hardware": dict(request.hardware),
     }  # fmt: skip
     (folder / REQUEST_FILE).write_text(json.dumps(record, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -268,18 +271,11 @@ def wait_healthy(
 
     while not target.reachable(instance):
         tick(deadline - left())
-        if target.state(instance) != "running":
-            raise NodeError(
-                f"the node {instance.name!r} ended while it started\n{tail(instance.console_log)}", hint=LOGS_HINT
-            )
-        if stopped(instance.console_log):
-            said = tail(instance.console_log)
-            raise NodeError(f"the node {instance.name!r} stopped while it started\n{said}", hint=LOGS_HINT)
-        if left() <= 0:
-            raise NodeError(
-                f"the node {instance.name!r} could not be reached within {deadline:.0f} s\n{tail(instance.console_log)}",
-                hint=LOGS_HINT,
-            )
+        end = target.state(instance) != "running" and "ended while it started"
+        halt = stopped(instance.console_log) and "stopped while it started"
+        late = left() <= 0 and f"could not be reached within {deadline:.0f} s"
+        if what := end or halt or late:
+            raise NodeError(f"the node {instance.name!r} {what}\n{tail(instance.console_log)}", hint=LOGS_HINT)
         time.sleep(pause)
     while left() > 0:
         slice_ = max(1, min(20, int(left())))

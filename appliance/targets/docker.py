@@ -11,7 +11,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,16 @@ def engine() -> Iterator[Any]:
         client = docker.from_env(timeout=300)
         client.ping()
     except DockerException as error:
-        raise HostError("no Docker engine answers", hint="run ./build.py doctor, which says how to start one") from error
+        raise HostError(
+            "no Docker engine answers", hint="run ./build.py doctor, which says how to start one"
+        ) from error
     try:
         yield client
     except (APIError, BuildError) as error:
-        raise NodeError(f"the Docker engine refused: {getattr(error, 'explanation', None) or error}", hint="docker logs may say more") from error
+        raise NodeError(
+            f"the Docker engine refused: {getattr(error, 'explanation', None) or error}",
+            hint="docker logs may say more",
+        ) from error
     finally:
         client.close()
 
@@ -78,11 +83,8 @@ class Docker(Target):
     def down(self, instance: Instance) -> None:
         from docker.errors import NotFound
 
-        with engine() as client:
-            try:
-                client.containers.get(instance.details["container"]).remove(force=True, v=True)
-            except NotFound:
-                pass
+        with engine() as client, suppress(NotFound):
+            client.containers.get(instance.details["container"]).remove(force=True, v=True)
 
     def state(self, instance: Instance) -> State:
         from docker.errors import NotFound
@@ -143,7 +145,7 @@ def build_context(description: Path, base: str) -> io.BytesIO:
 
 def options(request: Request, folder: Path) -> dict[str, Any]:
     """What the engine is asked for besides the image."""
-    volumes: dict[str, dict[str, str]] = {}
+    volumes = {"/sys/fs/cgroup": {"bind": "/sys/fs/cgroup", "mode": "rw"}}  # systemd manages its own part of it
     environment: dict[str, str] = {"container": "docker"}
     if request.credentials:
         place = folder / "credentials"
@@ -152,13 +154,12 @@ def options(request: Request, folder: Path) -> dict[str, Any]:
             (place / name).write_bytes(value)
         volumes[str(place.resolve())] = {"bind": CREDENTIALS, "mode": "ro"}
         environment["CREDENTIALS_DIRECTORY"] = CREDENTIALS
-    if Path("/sys/fs/cgroup/systemd").is_dir() or Path("/sys/fs/cgroup/cgroup.controllers").exists():
-        volumes["/sys/fs/cgroup"] = {"bind": "/sys/fs/cgroup", "mode": "rw"}
     return {
         "name": f"{REPOSITORY}-{request.name}-{os.getpid()}",
         "hostname": request.name,
         "command": [INIT],
         "tty": True,
+        "cgroupns": "host",  # the tree above is the host's, and so must be the paths in it
         "read_only": True,
         "cap_add": list(CAPABILITIES),
         "security_opt": ["seccomp=unconfined", "apparmor=unconfined"],

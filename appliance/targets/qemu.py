@@ -23,6 +23,7 @@ from appliance.model import frozen_map
 from appliance.node import paths
 from appliance.node.release import parse
 from appliance.run import run
+from appliance.steps import STEPS_FILE, record_step
 from appliance.targets.base import (
     GUEST_PORTS,
     Instance,
@@ -54,7 +55,7 @@ DISKS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "virtio-scsi": (("virtio-scsi-pci",), "scsi-hd"),
     "ahci": ((), "ide-hd"),
     "pvscsi": (("pvscsi",), "scsi-hd"),
-    "lsi": (("mptsas1068",), "scsi-hd"),
+    "lsi": (("lsi53c895a",), "scsi-hd"),
     "nvme": ((), "nvme,serial=samepage"),
 }
 
@@ -96,13 +97,14 @@ def escape(path: Path) -> str:
 def command_line(request: Request, folder: Path, sockets: Path, *, accelerated: bool) -> list[str]:
     """QEMU's whole command line, without credentials and direct kernel."""
     nic = request.hardware.get("nic", "virtio-net-pci")
+    console, disk = escape(folder / "console.log"), escape(folder / "disk.qcow2")
     forwards = ",".join(f"hostfwd=tcp:127.0.0.1:0-:{port}" for port in GUEST_PORTS)
     words = [
         PROGRAM, "-name", request.name, "-nodefaults", "-no-user-config", "-machine", "q35,usb=off",
         *(["-accel", "kvm", "-cpu", "host"] if accelerated else ["-accel", "tcg,thread=multi", "-cpu", "max"]),
         "-smp", str(min(2, os.cpu_count() or 1)), "-m", str(request.memory),
         "-display", "none", "-vga", "std",
-        "-chardev", f"socket,id=serial0,path={escape(sockets / 'serial')},server=on,wait=off,logfile={escape(folder / 'console.log')}",
+        "-chardev", f"socket,id=serial0,path={escape(sockets / 'serial')},server=on,wait=off,logfile={console}",
         "-serial", "chardev:serial0",
         "-qmp", f"unix:{escape(sockets / 'qmp')},server=on,wait=off",
         "-netdev", f"user,id=net0,{forwards}", "-device", f"{nic},netdev=net0",
@@ -124,7 +126,7 @@ def command_line(request: Request, folder: Path, sockets: Path, *, accelerated: 
         before, device = DISKS[request.hardware.get("disk", "virtio")]
         words += [word for extra in before for word in ("-device", extra)]
         words += [
-            "-drive", f"if=none,id=disk0,format=qcow2,discard=unmap,detect-zeroes=unmap,file={escape(folder / 'disk.qcow2')}",
+            "-drive", f"if=none,id=disk0,format=qcow2,discard=unmap,detect-zeroes=unmap,file={disk}",
             "-device", f"{device},drive=disk0,bootindex=1",
         ]  # fmt: skip
     return words
@@ -146,7 +148,8 @@ class Qemu(Target):
         credentials = {"ssh.authorized_keys.root": key, **request.credentials}
         prepare_disks(request, folder)
         if request.kind == "install":
-            install(request, folder, credentials)
+            with record_step(folder / STEPS_FILE, "install"):
+                install(request, folder, credentials)
             request = replace(request, kind="disk")
         save_request(request, folder)
         return start(request, folder, credentials)

@@ -28,10 +28,16 @@ def archive_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """What every image is built with."""
     for option in (
-        click.option("--release", "strong", is_flag=True, help="Smallest image instead of fastest build; implies --locked."),
+        click.option(
+            "--release", "strong", is_flag=True, help="Smallest image instead of fastest build; implies --locked."
+        ),
         click.option("--locked", is_flag=True, help="Stop when the lock does not fit, instead of resolving it anew."),
-        click.option("--output-dir", type=click.Path(file_okay=False, path_type=Path), help="Write here instead of dist/."),
-        click.option("--release-version", default=appliance.__version__, show_default=True, help="Version of the release."),
+        click.option(
+            "--output-dir", type=click.Path(file_okay=False, path_type=Path), help="Write here instead of dist/."
+        ),
+        click.option(
+            "--release-version", default=appliance.__version__, show_default=True, help="Version of the release."
+        ),
         click.option("--node", default="", help="Whose image, where the layout has several nodes."),
         click.option("--explain", is_flag=True, help="Say of each step why it ran or that it was reused."),
         click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON."),
@@ -43,7 +49,7 @@ def build_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @verb("iso", "iso --explain", "iso --release --output-dir /srv/releases")
 @build_options
 @pass_session
-def iso(session: Session, as_json: bool, **settings: Any) -> None:
+def iso(session: Session, /, as_json: bool, **settings: Any) -> None:
     """Build the ISO, with checksum, manifest, package list and SBOM beside it."""
     from appliance import pipeline
 
@@ -52,10 +58,17 @@ def iso(session: Session, as_json: bool, **settings: Any) -> None:
 
 
 @verb("disk --format qcow2", "disk --format raw")
-@click.option("--format", "form", type=click.Choice(["raw", "qcow2"]), default="qcow2", show_default=True, help="Format of the disk.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["raw", "qcow2"]),
+    default="qcow2",
+    show_default=True,
+    help="Format of the disk.",
+)
 @build_options
 @pass_session
-def disk(session: Session, form: str, as_json: bool, **settings: Any) -> None:
+def disk(session: Session, /, form: str, as_json: bool, **settings: Any) -> None:
     """Build a disk with the appliance installed on it."""
     from appliance import pipeline
 
@@ -77,7 +90,11 @@ def lock(session: Session, update: bool, locked: bool, mirror: str, security_mir
         project=session.project, layout=session.layout, locked=locked, mirror=mirror, security_mirror=security_mirror
     )
     model, _trees = check_project(options.project, options.layout, options.version)
-    found = pipeline.relock(options, model, session.console) if update else pipeline.settle_lock(options, model, session.console)
+    found = (
+        pipeline.relock(options, model, session.console)
+        if update
+        else pipeline.settle_lock(options, model, session.console)
+    )
     count = len({package for packages in found.sets.values() for package in packages})
     session.console.result(f"{pipeline.LOCK_FILE}: {count} packages of {found.suite}")
 
@@ -100,29 +117,40 @@ def sbom(session: Session, output: Path | None) -> None:
 
 
 def options_of(
-    session: Session, strong: bool, locked: bool, output_dir: Path | None, release_version: str, node: str, explain: bool,
-    mirror: str, security_mirror: str,
+    session: Session, *, strong: bool, locked: bool, output_dir: Path | None, release_version: str, explain: bool,
+    **same: Any,
 ) -> Options:  # fmt: skip
-    """The options of a build; what --explain asks for goes to the console."""
+    """The options of a build; `same` are those that are called alike. What --explain asks for goes to the console."""
     from appliance.pipeline import Options
 
     session.console.explain = explain
     return Options(
-        project=session.project, layout=session.layout, version=release_version, node=node, strong=strong,
-        output=output_dir.absolute() if output_dir else None, locked=locked or strong, mirror=mirror, security_mirror=security_mirror,
-    )  # fmt: skip
+        project=session.project,
+        layout=session.layout,
+        version=release_version,
+        strong=strong,
+        locked=locked or strong,
+        output=output_dir.absolute() if output_dir else None,
+        **same,
+    )
 
 
 def show(session: Session, output: Output, as_json: bool) -> None:
     """Says what stands in dist/ now."""
     artifact = output.artifact
     if as_json:
+        stages = session.console.stages
         session.console.result_json(
             {
-                "path": str(artifact.path), "sha256": artifact.sha256, "size": artifact.size, "rewritten": output.rewritten,
+                "path": str(artifact.path),
+                "sha256": artifact.sha256,
+                "size": artifact.size,
+                "rewritten": output.rewritten,
                 "version": output.built.release.version,
-                "stages": [{"name": one.name, "seconds": round(one.seconds, 3), "reason": one.reason} for one in session.console.stages],
-            }  # fmt: skip
+                "stages": [
+                    {"name": one.name, "seconds": round(one.seconds, 3), "reason": one.reason} for one in stages
+                ],
+            }
         )
         return
     state = "" if output.rewritten else ", unchanged"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
 from appliance.cli import Session, pass_session, verb
-from appliance.errors import ApplianceError
+from appliance.steps import STEPS_FILE, record_step
 from appliance.targets import base
 
 FIRST_LOGIN = "/run/samepage-app/first-login.json"
@@ -68,74 +69,81 @@ def read_credentials(_ctx: click.Context, _option: click.Parameter, values: tupl
 @click.option("--keep-on-error", is_flag=True, help="Leave a node that did not become healthy for inspection.")
 @click.option("--json", "as_json", is_flag=True, help="Print the node as JSON.")
 @pass_session
-def up(
-    session: Session, name: str, target_name: str, installed: bool, image: Path | None, memory: int | None, firmware: str,
-    credentials: dict[str, bytes], timeout: float, no_wait: bool, keep_on_error: bool, as_json: bool,
-) -> None:  # fmt: skip
+def up(session: Session, /, **given: Any) -> None:
     """Start a node in the background, wait until it is healthy, and say how to reach it."""
-    if target_name == "docker" and (installed or image):
+    wanted = Wanted(**given)
+    if wanted.target_name == "docker" and (wanted.installed or wanted.image):
         raise click.UsageError("--installed and --image belong to --target qemu")
-    request = make_request(session, name, target_name, installed, image, memory, firmware, credentials, timeout)
-    target = base.target_of(target_name)
+    request = make_request(session, wanted)
+    target = base.target_of(wanted.target_name)
     started = time.time()
-    verb_name = "install and start" if installed else "start"
-    with session.console.stage(f"{verb_name} {name}"):
+    with session.console.stage(f"{'install and start' if wanted.installed else 'start'} {wanted.name}"):
         instance = base.bring_up(target, request, session.project)
     try:
-        health: Any = {} if no_wait else await_health(session, target, instance, timeout, started)
+        health: Any = {} if wanted.no_wait else await_health(session, target, instance, wanted.timeout, started)
     except BaseException:
-        if not keep_on_error:
+        if not wanted.keep_on_error:
             base.bring_down(instance)
         raise
-    show(session, target, instance, health, as_json)
+    show(session, target, instance, health, wanted.as_json)
 
 
-def make_request(
-    session: Session, name: str, target_name: str, installed: bool, image: Path | None, memory: int | None, firmware: str,
-    credentials: dict[str, bytes], timeout: float,
-) -> base.Request:  # fmt: skip
-    """What to start; builds the ISO or the layers first where no image is named."""
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the options of `up` say."""
+
+    name: str
+    target_name: str
+    installed: bool
+    image: Path | None
+    memory: int | None
+    firmware: base.Firmware
+    credentials: dict[str, bytes]
+    timeout: float
+    no_wait: bool
+    keep_on_error: bool
+    as_json: bool
+
+    @property
+    def kind(self) -> base.Kind:
+        if self.target_name == "docker":
+            return "layers"
+        if self.image and self.image.suffix in (".raw", ".qcow2", ".img"):
+            return "disk"
+        return "install" if self.installed else "iso"
+
+
+def make_request(session: Session, wanted: Wanted) -> base.Request:
+    """What to start; builds the ISO or the container first where no image is named."""
     from appliance import pipeline
 
     options = pipeline.Options(project=session.project, layout=session.layout)
-    kind = "disk" if image and image.suffix in (".raw", ".qcow2", ".img") else "install" if installed else "iso"
-    if target_name == "docker":
-        kind = "layers"
-        built, image = pipeline.build_container(options, session.console)
+    image, memory = wanted.image, wanted.memory
+    if image is None:
+        if wanted.kind == "layers":
+            built, image = pipeline.build_container(options, session.console)
+        else:
+            output = pipeline.build_iso(options, session.console)
+            built, image = output.built, output.artifact.path
         memory = memory or built.model.nodes[0].memory
-    elif image is None:
-        result = pipeline.build_iso(options, session.console)
-        image = result.artifact.path
-        memory = memory or result.model.nodes[0].memory
     return base.Request(
-        name=name, image=image or Path(), kind=kind, memory=memory or 2048, firmware=firmware,  # type: ignore[arg-type]
-        credentials=credentials, deadline=timeout,
-    )  # fmt: skip
+        name=wanted.name,
+        image=image,
+        kind=wanted.kind,
+        memory=memory or base.DEFAULT_MEMORY,
+        firmware=wanted.firmware,
+        credentials=wanted.credentials,
+        deadline=wanted.timeout,
+    )
 
 
 def await_health(session: Session, target: base.Target, instance: base.Instance, timeout: float, started: float) -> Any:
     """Wait with progress and keep the time of the boot for the test report."""
-    with session.console.stage(f"wait until {instance.name} is healthy") as progress:
-        ok, detail = False, ""
-        try:
-            health = base.wait_healthy(target, instance, timeout, lambda passed: progress.update(passed, timeout, "s"))
-            ok = True
-            return health
-        except ApplianceError as error:
-            detail = error.message
-            raise
-        finally:
-            finish = time.time()
-            step = {
-                "name": "boot",
-                "start": started,
-                "finish": finish,
-                "seconds": finish - started,
-                "ok": ok,
-                "detail": detail,
-            }
-            if instance.folder.is_dir():
-                (instance.folder / "steps.json").write_text(json.dumps([step]) + "\n", encoding="utf-8")
+    with (
+        session.console.stage(f"wait until {instance.name} is healthy") as progress,
+        record_step(instance.folder / STEPS_FILE, "boot", since=started),
+    ):
+        return base.wait_healthy(target, instance, timeout, lambda passed: progress.update(passed, timeout, "s"))
 
 
 def show(session: Session, target: base.Target, instance: base.Instance, health: Any, as_json: bool) -> None:
@@ -272,16 +280,25 @@ def running(session: Session, name: str) -> tuple[base.Target, base.Instance]:
 @name_option
 @click.option("--host", help="Verify this host instead, in testinfra's notation, e.g. ssh://root@10.0.0.5.")
 @click.option("-k", "keyword", default="", help="Only checks whose name matches, in pytest's notation.")
-@click.option("--output-dir", type=click.Path(file_okay=False, path_type=Path), help="Folder of the reports; dist/verify by default.")
-@click.option("--timeout", type=click.FloatRange(1), default=180.0, show_default=True, help="Seconds until the node must be healthy.")
-@click.option("--check-timeout", type=click.FloatRange(1), default=60.0, show_default=True, help="Seconds each check may take.")
+@click.option(
+    "--output-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the reports; dist/verify by default.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1),
+    default=180.0,
+    show_default=True,
+    help="Seconds until the node must be healthy.",
+)
+@click.option(
+    "--check-timeout", type=click.FloatRange(1), default=60.0, show_default=True, help="Seconds each check may take."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 @click.argument("recipes", nargs=-1)
 @pass_session
-def verify(
-    session: Session, name: str, host: str | None, keyword: str, output_dir: Path | None, timeout: float, check_timeout: float,
-    as_json: bool, recipes: tuple[str, ...],
-) -> int:  # fmt: skip
+def verify(session: Session, /, name: str, host: str | None, as_json: bool, **given: Any) -> int:
     """Run the recipes' checks on a node and write the reports; exit status 1 when one is red."""
     from appliance.verify import VerifyRequest
     from appliance.verify import verify as run_checks
@@ -291,14 +308,20 @@ def verify(
     if host is None:
         target, instance = running(session, name)
         host, options = target.connection(instance)
-        steps = instance.folder / "steps.json"
-    done = run_checks(
-        VerifyRequest(
-            project=session.project, host=host, options=options, steps=steps, output=output_dir or session.project / "dist" / "verify",
-            recipes=recipes, keyword=keyword, health_deadline=timeout, check_deadline=check_timeout, quiet=as_json,
-        ),
-        session.console,
-    )  # fmt: skip
+        steps = instance.folder / STEPS_FILE
+    request = VerifyRequest(
+        project=session.project,
+        host=host,
+        options=options,
+        steps=steps,
+        output=given["output_dir"] or session.project / "dist" / "verify",
+        recipes=given["recipes"],
+        keyword=given["keyword"],
+        health_deadline=given["timeout"],
+        check_deadline=given["check_timeout"],
+        quiet=as_json,
+    )
+    done = run_checks(request, session.console)
     if as_json:
         session.console.result_json(done.summary())
     else:

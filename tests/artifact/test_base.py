@@ -11,6 +11,7 @@ from functools import cache
 
 import pytest
 
+from appliance.lock import OMITTED, OMITTED_VERSION
 from appliance.pipeline import Built
 
 NEEDED_DRIVERS = (
@@ -135,7 +136,8 @@ def test_the_package_database_lists_the_lock(tree: tarfile.TarFile, built: Built
         )
         if fields
     }
-    assert found == {(package.name, package.version) for package in built.lock.sets["full"]}
+    omitted = {(name, OMITTED_VERSION) for name in built.lock.wanted[OMITTED]}
+    assert found == {(package.name, package.version) for package in built.lock.sets["full"]} | omitted
 
 
 # --- images ----------------------------------------------------------------------------------------------------------

@@ -17,10 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from artifact.rebuild import digests
 
 from appliance.pipeline import Output
 from appliance.run import pasteable
+from tests.artifact.rebuild import digests
 
 PROJECT = Path(__file__).parents[2]
 OTHER_USER = 4711

@@ -151,6 +151,16 @@ def site(request: pytest.FixtureRequest) -> Site:
     return Site(url, run)
 
 
-@pytest.fixture(scope="module")
-def administrator(site: Site) -> Client:
-    return site.administrator()
+@pytest.fixture(scope="session")
+def clients() -> dict[str, Client]:
+    return {}
+
+
+@pytest.fixture
+def administrator(site: Site, clients: dict[str, Client]) -> Client:
+    """A signed-in administrator, the same as long as no test has changed the password: signing in costs seconds."""
+    try:
+        clients["administrator"].call("Members.get")
+    except (KeyError, Failed):
+        clients["administrator"] = site.administrator()
+    return clients["administrator"]

@@ -10,10 +10,10 @@ from typing import Any
 
 import docker
 import pytest
-from engine import docker_engine
 
 from appliance import cli
 from appliance.targets import base
+from tests.engine import docker_engine
 
 PROJECT = Path(__file__).parents[2]
 NAME = "test-docker"
@@ -28,7 +28,12 @@ def container(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, An
     note.write_text("hello")
     with docker_engine():
         try:
-            assert cli.main(["up", "--target", "docker", "--name", NAME, "--credential", f"samepage.note={note}", "--json"]) == 0
+            assert (
+                cli.main(
+                    ["up", "--target", "docker", "--name", NAME, "--credential", f"samepage.note={note}", "--json"]
+                )
+                == 0
+            )
             yield {"instance": base.find(PROJECT, NAME)}
         finally:
             cli.main(["down", "--name", NAME])
@@ -80,7 +85,8 @@ def test_the_front_door_answers(container: dict[str, Any]) -> None:
         assert answer.status == 200
 
 
-def test_it_is_verified_through_testinfra_s_own_connection(container: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("container")
+def test_it_is_verified_through_testinfra_s_own_connection(tmp_path: Path) -> None:
     assert cli.main(["verify", "--name", NAME, "--output-dir", str(tmp_path), "--json"]) == 0
     assert (tmp_path / "results.html").is_file()
 

@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from samepage_site import TIMEOUT, Client, Site, administrator, site
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
+from tests.boot.samepage_site import TIMEOUT, Client, Site, administrator, clients, site
+
 pytestmark = pytest.mark.boot
-__all__ = ["administrator", "site"]
+__all__ = ["administrator", "clients", "site"]
 
 PASSWORD = "correct horse battery staple"
 _FLAGS = (
@@ -108,13 +109,12 @@ def page(site: Site, tmp_path: Path) -> Iterator[Page]:
 
 
 @pytest.fixture
-def signed_in(site: Site, page: Page) -> Page:
-    """The administrator at work, after the one-time password was changed in the page."""
-    one_time = site.one_time_password()
+def signed_in(page: Page, administrator: Client) -> Page:
+    """The administrator at work."""
+    page.driver.get(page.url + "/logo.svg")
+    for name, value in administrator.cookies.items():
+        page.driver.add_cookie({"name": name, "value": value, "path": "/", "secure": True, "httpOnly": True})
     page.open()
-    page.sign_in("admin", one_time)
-    page.fill("#change-password [name=password]", PASSWORD)
-    page.fill("#change-password [name=again]", PASSWORD).send_keys(Keys.ENTER)
     page.wait("#workplace")
     return page
 
@@ -177,10 +177,9 @@ def test_writing_editing_commenting_searching_and_deleting(signed_in: Page) -> N
     assert page.complaints() == []
 
 
-def test_an_overtaken_writer_chooses(site: Site, signed_in: Page) -> None:
-    page = signed_in
+def test_an_overtaken_writer_chooses(signed_in: Page, administrator: Client) -> None:
+    page, rival = signed_in, administrator
     page.write_item("Menu " + secrets.token_hex(4), "soup")
-    rival = Client(site.url, {one["name"]: one["value"] for one in page.driver.get_cookies()})
     item = rival.call("Items.getList")["items"][0]
     page.click("#edit")
     rival.call("Items.update", id=item["id"], version=1, body="salad")

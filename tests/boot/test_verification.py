@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from conftest import PROJECT, TARGET, Node
-
 from appliance.console import Console
-from appliance.verification.steps import record_step
+from appliance.steps import record_step
 from appliance.verify import VerifyRequest, verify
+from tests.boot.conftest import PROJECT, TARGET, Node
 
 
 def test_every_check_is_green(node: Node, tmp_path: Path) -> None:

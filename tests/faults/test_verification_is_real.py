@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from engine import docker_engine
 
 from appliance import cli
 from appliance.console import Console
 from appliance.targets import base
 from appliance.verify import Verification, VerifyRequest, verify
+from tests.engine import docker_engine
 
 PROJECT = Path(__file__).parent.parent.parent
 # What to stop so that a recipe's own service is down; of the console the socket too, which would start it again.
 SERVICES = {
-    "base": ["systemd-resolved.service"],
+    "base": ["ssh.service"],
     "nginx": ["nginx.service"],
     "postgresql": ["postgresql.service"],
     "valkey": ["valkey-server.service"],

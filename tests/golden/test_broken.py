@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Golden
-from trees import BROKEN, BROKEN_LOCK, layout_of
 
 from appliance import cli, lock
 from appliance.check import check_project
 from appliance.errors import LockError
 from appliance.model import Lock, Package
+from tests.conftest import Golden
+from tests.trees import BROKEN, BROKEN_LOCK, layout_of
 
 HERE = Path(__file__).parent
 

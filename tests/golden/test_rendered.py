@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Golden
 
 from appliance.check import check_project
 from appliance.model import RenderedFile, RenderedTree
 from appliance.treefiles import attributes
+from tests.conftest import Golden
 
 PROJECT = Path(__file__).parents[2]
 RECIPES = sorted(path.parent.name for path in PROJECT.glob("recipes/*/recipe.yaml"))

@@ -4,13 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from archives import EPOCH, make_deb, publish
 
 from appliance import archive
 from appliance import lock as locking
 from appliance.archive import VanishedError, fetch, snapshot_mirrors, to_fetch
 from appliance.errors import ApplianceError, CommandError
 from appliance.model import Lock, Package
+from tests.archives import EPOCH, make_deb, publish
 
 
 @pytest.fixture

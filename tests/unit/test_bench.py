@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from bench import mkosi
 from bench.boots import HEALTHY, memory_in_use
 from bench.debian import source_lines
-from bench.measure import BenchError, disk_size, measure, remove_tree, scratch
+from bench.measure import BenchError, cpu_of, disk_size, measure, remove_tree, scratch
 from bench.report import Figure, Report, median, number, of_runs, paired_ratio, spread, table
 from bench.vm import console_value
 from bench.workshop import LEFT_OUT, Build, Builder, Workshop
@@ -107,6 +109,17 @@ def test_measure_ends_what_overruns_with_its_children(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="not finished in its time"):
         measure(["sh", "-c", "sleep 60 & sleep 60"], log=tmp_path / "log", timeout=0.2)
     assert time.monotonic() - started < 10
+
+
+def test_cpu_of_a_process_whose_name_is_hostile(tmp_path: Path) -> None:
+    program = tmp_path / "a) R 1 (b"
+    program.symlink_to("/bin/sleep")
+    with subprocess.Popen([program, "60"]) as process:
+        assert 0 <= cpu_of(process.pid) < 1
+        process.kill()
+    assert cpu_of(os.getpid()) > 0
+    with pytest.raises(BenchError, match="has ended"):
+        cpu_of(process.pid)
 
 
 def test_disk_size_counts_hard_links_once(tmp_path: Path) -> None:

@@ -83,7 +83,9 @@ def test_missing_packages_are_installed_and_named(
     installed: list[list[str]] = []
     (checkout / ".venv").mkdir()
     monkeypatch.setattr(build, "prepare_venv", lambda *_, **__: None)
-    monkeypatch.setattr(hostsetup, "missing", lambda _set: [hostsetup.HostPackage("mmdebstrap", (), "unpacks packages")])
+    monkeypatch.setattr(
+        hostsetup, "missing", lambda _set: [hostsetup.HostPackage("mmdebstrap", (), "unpacks packages")]
+    )
     monkeypatch.setattr(hostsetup, "install", lambda names: installed.append(list(names)) or "")
     build.set_up("build")
     assert installed == [["mmdebstrap"]]
@@ -94,7 +96,9 @@ def test_a_failed_installation_gives_the_command(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (checkout / ".venv").mkdir()
-    monkeypatch.setattr(hostsetup, "missing", lambda _set: [hostsetup.HostPackage("mmdebstrap", (), "unpacks packages")])
+    monkeypatch.setattr(
+        hostsetup, "missing", lambda _set: [hostsetup.HostPackage("mmdebstrap", (), "unpacks packages")]
+    )
     monkeypatch.setattr(hostsetup, "install", lambda _names: "E: no network")
     with pytest.raises(SystemExit) as caught:
         build.set_up("build")
@@ -105,7 +109,9 @@ def test_a_failed_installation_gives_the_command(
     assert not build.ready("build")
 
 
-def test_what_only_tests_need_may_be_missing(checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_only_tests_need_may_be_missing(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (checkout / ".venv").mkdir()
     monkeypatch.setattr(build, "prepare_venv", lambda *_, **__: None)
     monkeypatch.setattr(hostsetup, "missing", lambda _set: [hostsetup.SETS["test"][0]])
@@ -131,7 +137,7 @@ def test_the_requirements_are_exact() -> None:
 
 def test_the_bootstrap_needs_only_the_standard_library() -> None:
     """Run by an isolated interpreter that has nothing installed."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import build; from appliance import hostsetup; print(build.state()[:1])"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import build; import appliance.hostsetup; build.state()"
     subprocess.run([sys.executable, "-I", "-S", "-c", code, ROOT], check=True, capture_output=True, timeout=30)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trees import BROKEN, VALID, write_tree
 
 from appliance.check import check_project
 from appliance.errors import InputError
+from tests.trees import BROKEN, VALID, write_tree
 
 
 @pytest.mark.parametrize("layout", ["one", "two"])

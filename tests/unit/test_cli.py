@@ -124,10 +124,9 @@ def test_the_boundary(error: BaseException, status: int, text: str, capsys: pyte
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    try:
+    with pytest.raises(ValueError, match="surprise") as caught:
         raise ValueError("surprise")
-    except ValueError as error:
-        assert cli.report(error, cli.Settled(debug=True)) == 1
+    assert cli.report(caught.value, cli.Settled(debug=True)) == 1
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
@@ -161,7 +160,9 @@ def test_sigterm_ends_with_143(tmp_path: Path) -> None:
     code += "sys.exit(cli.main(['doctor']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert (done.returncode, done.stderr) == (143, "error: terminated\n")
-    done = subprocess.run([sys.executable, "-c", code.replace("SIGTERM", "SIGINT")], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("SIGTERM", "SIGINT")], capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stderr.strip()) == (130, "error: cancelled")
 
 
@@ -188,7 +189,11 @@ def test_bash_completes_verbs_and_options() -> None:
     import os
 
     def complete(*words: str) -> list[str]:
-        environment = os.environ | {cli.COMPLETION_VARIABLE: "bash_complete", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+        environment = os.environ | {
+            cli.COMPLETION_VARIABLE: "bash_complete",
+            "COMP_WORDS": " ".join(words),
+            "COMP_CWORD": str(len(words) - 1),
+        }
         return [line.partition(",")[2] for line in build(env=environment).stdout.splitlines()]
 
     assert complete("build.py", "ver") == ["verify"]

@@ -96,7 +96,12 @@ def test_no_color_means_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_ci_gets_its_blocks(
-    variable: str, value: str, opening: str, closing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    variable: str,
+    value: str,
+    opening: str,
+    closing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(variable, value)
     with Console(style="plain").stage("a'b"):

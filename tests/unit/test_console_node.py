@@ -40,7 +40,7 @@ BAD: dict[str, object] = {
     "recipes": {"nginx": {"healthy": False, "probes": [outcome("https", False, "<no>")]}},
 }  # fmt: skip
 REAL_ADDRESSES = addresses.addresses
-LOGIN = {"login": "admin@example.org", "password": "one-time-secret"}
+LOGIN = {"user": "admin", "password": "one-time-secret"}
 
 
 @pytest.fixture(autouse=True)
@@ -92,12 +92,12 @@ def test_console_text() -> None:
     for word in ("2026.11.0", "10.0.2.15", "fec0::1", "https://10.0.2.15/", "healthy, 22 s", "ssh root@10.0.2.15"):
         assert word in text
     assert "password" not in text
-    assert "one-time-secret" in status.console_text(FACTS, GOOD, LOGIN)
+    assert "admin  password  one-time-secret" in status.console_text(FACTS, GOOD, LOGIN)
     assert "starting" in status.console_text(FACTS, {}, {})
     assert "nginx https: <no>" in status.console_text(FACTS, BAD, {})
 
 
-@given(st.dictionaries(st.sampled_from(["login", "password"]), st.text()), st.text(), st.text())
+@given(st.dictionaries(st.sampled_from(["user", "password"]), st.text()), st.text(), st.text())
 def test_console_text_is_safe_to_print(login: dict[str, str], name: str, detail: str) -> None:
     bad = {**BAD, "system": [{"name": "x", "ok": False, "detail": detail, "ms": 0}]}
     text = status.console_text({**FACTS, "node": name}, bad, login)

@@ -27,7 +27,11 @@ def test_root_needs_no_namespaces() -> None:
     [
         ("kernel/unprivileged_userns_clone", "0\n", "sudo sysctl -w kernel.unprivileged_userns_clone=1"),
         ("user/max_user_namespaces", "0\n", "sudo sysctl -w user.max_user_namespaces=15000"),
-        ("kernel/apparmor_restrict_unprivileged_userns", "1\n", "sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"),
+        (
+            "kernel/apparmor_restrict_unprivileged_userns",
+            "1\n",
+            "sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0",
+        ),
     ],
 )
 def test_a_kernel_that_refuses_namespaces(file: str, value: str, fix: str, tmp_path: Path) -> None:

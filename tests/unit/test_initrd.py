@@ -191,7 +191,7 @@ def test_script_is_valid_shell() -> None:
 
 
 def test_every_command_of_the_script_is_in_the_ram_disk() -> None:
-    text = re.sub(r"\$\{[^}]*\}|(^|\s)#.*|'[^']*'|\"[^\"]*\"", " ", initrd.SCRIPT.read_text())
+    text = re.sub(r"\$\(\([^)]*\)\)|\$\{[^}]*\}|(^|\s)#.*|'[^']*'|\"[^\"]*\"", " ", initrd.SCRIPT.read_text())
     functions = set(re.findall(r"^(\w+)\(\)", text, re.MULTILINE))
     keywords = {"if", "then", "else", "fi", "while", "do", "done", "for", "case", "esac", "in"}
     builtins = {"return", "continue", "local", "read", "echo", "set", "wait", "exec"}

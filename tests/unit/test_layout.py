@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trees import ONE, STORE, TWO, WEB, add, edit, write_tree
 
 from appliance.describe import as_text, describe
 from appliance.endpoints import needed_recipes
@@ -16,6 +15,7 @@ from appliance.errors import Faults
 from appliance.layout import layout_names, load_layout, share_memory
 from appliance.model import Memory, Model, Place, Recipe, frozen_map
 from appliance.recipes import load_recipes
+from tests.trees import ONE, STORE, TWO, WEB, add, edit, write_tree
 
 
 def load(project: Path, name: str = "one") -> Model:

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
-from archives import EPOCH, make_deb, publish
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from appliance.errors import CommandError, Faults, HostError, LockError
 from appliance.layout import load_layout
 from appliance.model import Lock, Model, Package
 from appliance.recipes import load_recipes
+from tests.archives import EPOCH, make_deb, publish
 
 WANTED = {"core": ("kernel",), "full": ("app", "kernel"), "tools": ("tool",)}
 
@@ -111,7 +112,12 @@ PACKAGES = st.builds(
 def test_reading_gives_what_was_written(packages: list[Package], chance: Random) -> None:
     packages.sort(key=lambda package: package.name)
     chosen = [tuple(package for package in packages if chance.random() < 0.6) for _ in locking.SETS]
-    lock = Lock("trixie", 1, dict.fromkeys(locking.SETS, ("a",)), dict(zip(locking.SETS, chosen, strict=True)))
+    lock = Lock(
+        "trixie",
+        1,
+        dict.fromkeys((*locking.SETS, locking.OMITTED), ("a",)),
+        dict(zip(locking.SETS, chosen, strict=True)),
+    )
     text = locking.format_lock(lock)
     data = json.loads(text)
     assert [entry["name"] for entry in data["packages"]] == sorted({p.name for some in chosen for p in some})
@@ -130,7 +136,7 @@ def read(text: str) -> Lock:
 LOCK = Lock(
     "trixie",
     EPOCH,
-    dict.fromkeys(locking.SETS, ("a",)),
+    dict.fromkeys((*locking.SETS, locking.OMITTED), ("a",)),
     {name: (Package("a", "1", "all", "debian", "pool/a.deb", 3, "0" * 64),) for name in locking.SETS},
 )
 
@@ -240,45 +246,61 @@ def test_a_named_mirror_wins() -> None:
     assert found["debian"] == "http://three.invalid/d"
 
 
-@pytest.mark.parametrize(
-    ("targets", "found"),
-    [
-        (
-            "Packages|http://m.invalid/debian-security/|x-security|Debian\nPackages|http://m.invalid/debian/|x|Debian\n",
-            {"debian": "http://m.invalid/debian", "debian-security": "http://m.invalid/debian-security"},
-        ),
-        (  # another distribution's entries do not count, those not fetched yet are known by their address
-            "Packages|http://u.invalid/ubuntu/|noble|Ubuntu\nPackages|http://m.invalid/debian/|x|\n"
-            "Packages|http://m.invalid/debian-security/|x-security|\nSources|http://n.invalid/debian/|x|Debian\n",
-            {"debian": "http://m.invalid/debian", "debian-security": "http://m.invalid/debian-security"},
-        ),
-        (  # a host that is not Debian: mmdebstrap's own
-            "Packages|http://u.invalid/ubuntu/|noble|Ubuntu\n",
-            {"debian": "http://default.invalid/debian", "debian-security": "http://default.invalid/security"},
-        ),
-    ],
-)  # fmt: skip
-def test_the_hosts_apt_comes_before_mmdebstraps_default(
-    monkeypatch: pytest.MonkeyPatch, targets: str, found: dict[str, str]
-) -> None:
-    import subprocess
+MIRROR = {"debian": "http://m.invalid/debian", "debian-security": "http://m.invalid/debian-security"}
+FETCHED = "'http://m.invalid/debian-security/dists/x-security/Packages/Debian'\n'http://m.invalid/debian/dists/x/Packages/Debian'\n"
+CONFIGURED = (
+    "'http://m.invalid/debian/dists/x/InRelease' m.invalid_debian_dists_x_InRelease 0 \n"
+    "'http://m.invalid/debian-security/dists/x-security/InRelease' y 0 \n"
+)
+OTHER = "'http://u.invalid/ubuntu/dists/noble/Packages/Ubuntu'\n'http://u.invalid/ubuntu/dists/noble/InRelease' z 0\n"
+DEFAULT = {"debian": "http://default.invalid/debian", "debian-security": "http://default.invalid/security"}
 
+
+@pytest.mark.parametrize(
+    ("fetched", "configured", "found"),
+    [(FETCHED, "", MIRROR), ("", CONFIGURED, MIRROR), (OTHER + FETCHED, OTHER, MIRROR), (OTHER, OTHER, DEFAULT)],
+    ids=["lists fetched", "never fetched", "beside others", "not Debian"],
+)
+def test_the_hosts_apt_comes_before_mmdebstraps_default(
+    monkeypatch: pytest.MonkeyPatch, fetched: str, configured: str, found: dict[str, str]
+) -> None:
     default = (
-        b"deb http://default.invalid/debian s main\n"
-        b"deb [signed-by=/k] http://default.invalid/security s-security main\n"
+        "deb http://default.invalid/debian s main\ndeb [signed-by=/k] http://default.invalid/security s-security main\n"
     )
+    said = {"indextargets": (fetched, ""), "update": (configured, ""), "--quiet": ("", default)}
 
     def fake(argv: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
-        out, err = (targets.encode(), b"") if argv[0] == "apt-get" else (b"", default)
-        return subprocess.CompletedProcess(argv, 0, out, err)
+        out, err = said[argv[1]]
+        return subprocess.CompletedProcess(argv, 0, out.encode(), err.encode())
 
     monkeypatch.setattr("appliance.apt.run", fake)
     assert find_mirrors("trixie", environ={}) == found
 
 
 def test_no_mirror_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
-
     monkeypatch.setattr("appliance.apt.run", lambda argv, **_: subprocess.CompletedProcess(argv, 1, b"", b""))
     with pytest.raises(HostError, match="no mirror is known for debian and debian-security"):
         find_mirrors("trixie", environ={})
+
+
+# --- packages that are left out --------------------------------------------------------------------------------------
+
+
+def test_an_omitted_package_satisfies_its_dependants_and_brings_nothing(
+    mirrors: dict[str, str], tmp_path: Path
+) -> None:
+    make_deb(tmp_path, "server", fields=["Depends: compiler (>= 1:19.1)"])
+    make_deb(tmp_path, "compiler", "1:19.2", fields=["Depends: solver"])
+    make_deb(tmp_path, "solver")
+    publish(tmp_path)
+    wanted = {**WANTED, "full": ("kernel", "server")}
+    assert {"server", "compiler", "solver"} <= set(names(resolve(mirrors, wanted), "full"))
+    lock = resolve(mirrors, {**wanted, "omitted": ("compiler",)})
+    assert names(lock, "full") == ["base", "helper", "kernel", "server"]
+    assert read(locking.format_lock(lock)) == lock
+
+
+def test_a_lock_made_before_a_package_was_omitted_does_not_fit(model: Model) -> None:
+    changed = replace(model, recipes=tuple(replace(recipe, omit=("compiler",)) for recipe in model.recipes))
+    with pytest.raises(LockError, match="compiler is not in the lock's set omitted"):
+        locking.check(replace(LOCK, wanted=locking.wanted(model)), changed)

@@ -28,7 +28,9 @@ def stages(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tu
     ran: list[str] = []
     options = Options(project=project, layout="one", cache=tmp_path / "cache")
     model, _ = pipeline.check_project(project, "one", options.version)
-    lock = Lock("trixie", 1_700_000_000, locking.wanted(model), frozen_map(dict.fromkeys(("core", "full", "tools"), (PACKAGE,))))
+    lock = Lock(
+        "trixie", 1_700_000_000, locking.wanted(model), frozen_map(dict.fromkeys(("core", "full", "tools"), (PACKAGE,)))
+    )
     locking.write_lock(lock, options.lock_file)
 
     def noted(name: str, result: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,7 +59,9 @@ def stages(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tu
     check = pipeline.check_project
     monkeypatch.setattr(pipeline, "check_project", noted("recipes layout render", check))
     monkeypatch.setattr(tools, "prepare", noted("packages", lambda *_: tools.Tools(tmp_path, "v")))
-    monkeypatch.setattr(rootfs, "build", noted("packages", lambda *_: rootfs.Rootfs(tmp_path / "t", tmp_path / "boot", "k")))
+    monkeypatch.setattr(
+        rootfs, "build", noted("packages", lambda *_: rootfs.Rootfs(tmp_path / "t", tmp_path / "boot", "k"))
+    )
     monkeypatch.setattr(layers, "build_base", noted("layers", lambda *_, **__: layer("base")))
     monkeypatch.setattr(layers, "build_app", noted("layers", lambda *_, **__: layer("app")))
     config = noted("layers", lambda _lock, tree, *_, **__: layer("config", tree.node, repr(tree.config)))
@@ -83,7 +87,10 @@ def test_the_image_has_its_companions(stages: tuple[Options, list[str]]) -> None
     assert target.name == f"samepage-appliance-{options.version}-amd64.iso"
     names = {file.name.removeprefix(target.stem) for file in target.parent.iterdir() if not file.name.startswith(".")}
     assert names == {".iso", ".iso.sha256", ".manifest.json", ".packages.txt", ".sbom.json"}
-    assert target.with_name(target.name + ".sha256").read_text() == f"{hashlib.sha256(b'image').hexdigest()}  {target.name}\n"
+    assert (
+        target.with_name(target.name + ".sha256").read_text()
+        == f"{hashlib.sha256(b'image').hexdigest()}  {target.name}\n"
+    )
     assert target.with_suffix(".packages.txt").read_text() == "systemd\t257\tamd64\n"
     assert json.loads(target.with_suffix(".manifest.json").read_text())["version"] == options.version
 
@@ -98,7 +105,9 @@ def test_nothing_changed_writes_nothing(stages: tuple[Options, list[str]]) -> No
     assert {file: file.stat().st_mtime_ns for file in target.parent.iterdir()} == before
 
 
-def test_a_changed_template_writes_the_image_anew(stages: tuple[Options, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_template_writes_the_image_anew(
+    stages: tuple[Options, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     options, _ = stages
     pipeline.build_iso(options, Console(style="none"))
     template = options.project / "recipes/base/templates/etc/hostname.j2"
@@ -124,7 +133,9 @@ def test_an_image_that_was_touched_is_written_anew(harm: str, stages: tuple[Opti
     assert target.read_bytes() == b"image"
 
 
-def test_a_failed_image_leaves_no_old_one_under_the_new_names(stages: tuple[Options, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_image_leaves_no_old_one_under_the_new_names(
+    stages: tuple[Options, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     options, _ = stages
     target = pipeline.build_iso(options, Console(style="none")).artifact.path
     target.write_bytes(b"imagE")
@@ -138,7 +149,9 @@ def test_a_failed_image_leaves_no_old_one_under_the_new_names(stages: tuple[Opti
     assert not target.exists()
 
 
-def test_what_was_rendered_is_kept_for_comparing(stages: tuple[Options, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_rendered_is_kept_for_comparing(
+    stages: tuple[Options, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     from appliance import cli
 
     options, _ = stages
@@ -169,8 +182,10 @@ def test_a_lock_that_does_not_fit_is_resolved_with_a_warning(
     recipe = options.project / "recipes/base/recipe.yaml"
     recipe.write_text(recipe.read_text().replace("[systemd,", "[systemd, added,"))
     model, _ = pipeline.check_project(options.project, "one", options.version)
-    new = Lock("trixie", 1_800_000_000, locking.wanted(model), frozen_map(dict.fromkeys(("core", "full", "tools"), (PACKAGE,))))
-    monkeypatch.setattr(locking, "resolve", lambda *_: new)
+    new = Lock(
+        "trixie", 1_800_000_000, locking.wanted(model), frozen_map(dict.fromkeys(("core", "full", "tools"), (PACKAGE,)))
+    )
+    monkeypatch.setattr(locking, "resolve", lambda *_, **__: new)
     monkeypatch.setattr("appliance.apt.find_mirrors", lambda *_, **__: {})
     assert pipeline.settle_lock(options, model, Console()).epoch == 1_800_000_000
     assert "added is not in the lock's set core" in capsys.readouterr().err
@@ -187,7 +202,9 @@ def test_locked_stops_instead(stages: tuple[Options, list[str]]) -> None:
         pipeline.settle_lock(locked, model, Console())
 
 
-def test_vanished_versions_are_resolved_anew_once(stages: tuple[Options, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vanished_versions_are_resolved_anew_once(
+    stages: tuple[Options, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     options, _ = stages
     old = tools.prepare
     failed: list[int] = []
@@ -205,13 +222,17 @@ def test_vanished_versions_are_resolved_anew_once(stages: tuple[Options, list[st
     assert resolved == [1]
     failed.clear()
     with pytest.raises(VanishedError):
-        pipeline.build_release(Options(project=options.project, layout="one", cache=options.cache, locked=True), Console(style="none"))
+        pipeline.build_release(
+            Options(project=options.project, layout="one", cache=options.cache, locked=True), Console(style="none")
+        )
 
 
 # --- room and reasons ------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_foreseen_with_figures(stages: tuple[Options, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_foreseen_with_figures(
+    stages: tuple[Options, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     options, ran = stages
     monkeypatch.setattr("shutil.disk_usage", lambda _folder: type("Usage", (), {"free": 1000})())
     with pytest.raises(HostError, match="MB") as caught:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def line(tmp_path: Path, *, accelerated: bool = False, **changes: object) -> lis
 
 
 def option(words: list[str], name: str, containing: str = "") -> str:
-    return next(value for key, value in zip(words, words[1:], strict=False) if key == name and containing in value)
+    return next(value for key, value in pairwise(words) if key == name and containing in value)
 
 
 def test_emulation_uses_every_thread(tmp_path: Path) -> None:
@@ -101,7 +102,8 @@ def test_credentials_become_smbios_strings() -> None:
 
 def instance(folder: Path, **changes: object) -> Instance:
     values = {
-        "name": "n", "target": "qemu", "folder": folder, "address": "127.0.0.1", "ports": frozen_map({"22": 40022, "443": 40443}),
+        "name": "n", "target": "qemu", "folder": folder, "address": "127.0.0.1",
+        "ports": frozen_map({"22": 40022, "443": 40443}),
         "details": frozen_map({"sockets": str(folder / "sockets")}),
     }  # fmt: skip
     return Instance(**(values | changes))  # type: ignore[arg-type]
@@ -154,7 +156,9 @@ def test_a_failed_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_requests_are_kept_for_copies(tmp_path: Path) -> None:
-    request = Request("n", tmp_path / "x.iso", kind="usb", memory=512, firmware="uefi", hardware=frozen_map({"nic": "e1000"}))
+    request = Request(
+        "n", tmp_path / "x.iso", kind="usb", memory=512, firmware="uefi", hardware=frozen_map({"nic": "e1000"})
+    )
     base.save_request(request, tmp_path)
     again = base.load_request(tmp_path)
     assert (again.image, again.kind, again.memory, again.firmware, dict(again.hardware)) == (
@@ -252,7 +256,8 @@ def conversation(tmp_path: Path) -> Iterator[tuple[Path, list[bytes]]]:
 def test_qmp_keeps_events_that_come_between(conversation: tuple[Path, list[bytes]]) -> None:
     path, messages = conversation
     messages += [
-        b'{"QMP": {}}\n', b'{"return": {}}\n', b'{"event": "SHUTDOWN", "data": {"reason": "guest-reset"}}\n{"return": {"a": 1}}\n',
+        b'{"QMP": {}}\n', b'{"return": {}}\n',
+        b'{"event": "SHUTDOWN", "data": {"reason": "guest-reset"}}\n{"return": {"a": 1}}\n',
     ]  # fmt: skip
     with Qmp(path) as qmp:
         assert qmp.execute("query-status") == {"a": 1}

@@ -17,7 +17,6 @@ import pytest
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "base"
 PROGRAM = RECIPE / "files/opt/samepage/libexec/listen"
-KEEP = RECIPE / "files/opt/samepage/libexec/keep"
 # What the launcher starts: tells which descriptors it was given, by name and number.
 TELL = """
 import os, socket
@@ -181,18 +180,6 @@ def test_wrong_arguments(listen: ModuleType, text: str, capsys: pytest.CaptureFi
 )
 def test_addresses(listen: ModuleType, text: str, parsed: object) -> None:
     assert listen.parse(text) == parsed
-
-
-def test_keep_moves_whole_files(tmp_path: Path) -> None:
-    source, place = tmp_path / "a" / "key", tmp_path / "b" / "key"
-    source.parent.mkdir()
-    place.parent.mkdir()
-    source.write_text("secret")
-    source.chmod(0o600)
-    (place.parent / "key.new").write_text("left by a power cut")
-    subprocess.run([KEEP, source, place], check=True)
-    assert [file.name for file in place.parent.iterdir()] == ["key"]
-    assert (place.read_text(), place.stat().st_mode & 0o777, source.exists()) == ("secret", 0o600, False)
 
 
 def test_masked_rules_exist_in_debian_only() -> None:

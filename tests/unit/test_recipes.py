@@ -9,12 +9,12 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from trees import VALID, add, edit, link, write_tree
 
 from appliance.errors import Faults
 from appliance.model import Memory, Recipe
 from appliance.recipes import load_recipes
 from appliance.yamlfile import Fields
+from tests.trees import VALID, add, edit, link, write_tree
 
 WEB = "recipes/web/recipe.yaml"
 
@@ -167,7 +167,7 @@ def test_the_build_step_must_be_executable(project: Path) -> None:
 
 keys = [
     "summary", "packages", "wheels", "users", "ports", "provides", "needs", "units", "mask", "state", "memory",
-    "health", "modules", "settings", "schema_level", "files", "include", "build", "exclude",
+    "health", "modules", "settings", "schema_level", "files", "include", "build", "exclude", "omit",
 ]  # fmt: skip
 inner_keys = st.sampled_from(
     ["port", "uid", "exposure", "class", "mode", "owner", "name", "http", "unit", "weight", "/var/x", "a.service", "x"]

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from trees import CONF, ONE, STORE, TWO, VALID, WEB, WEB_UNIT, add, edit, link, write_tree
 
 from appliance.check import check_project
 from appliance.errors import ApplianceError, Faults, InputError
@@ -17,6 +16,7 @@ from appliance.model import Model, Place, RenderedFile, RenderedTree
 from appliance.recipes import load_recipes
 from appliance.render import node_variables, render, render_tree
 from appliance.templates import TemplateText, render_text
+from tests.trees import CONF, ONE, STORE, TWO, VALID, WEB, WEB_UNIT, add, edit, link, write_tree
 
 from appliance.treefiles import diff_trees, read_tree, write_tree as keep_tree  # isort: skip
 

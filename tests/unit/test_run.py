@@ -80,7 +80,9 @@ def assert_gone(pid: int) -> None:
 
 def test_stream_writes_the_log_as_it_comes(tmp_path: Path) -> None:
     lines: list[str] = []
-    status = stream(["sh", "-c", "echo one; echo two >&2; exit 3"], log=tmp_path / "log", on_line=lines.append, check=False)
+    status = stream(
+        ["sh", "-c", "echo one; echo two >&2; exit 3"], log=tmp_path / "log", on_line=lines.append, check=False
+    )
     assert status == 3
     assert lines == ["one", "two"]
     assert (tmp_path / "log").read_text() == "one\ntwo\n"

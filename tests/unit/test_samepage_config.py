@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -96,26 +97,29 @@ def test_time_zones(zone: str, january: int, july: int, found: str) -> None:
     assert detect(zone, january, july) == found
 
 
+MOMENT = datetime(2026, 5, 6, 7, 8, 9, tzinfo=UTC)
 PAYLOAD = {"to": "ann@example.com", "name": "Änn O'Neil, PhD", "from_name": "Bob", "link": "https://x/i#t", "days": 7}
 
 
 def test_the_invitation() -> None:
-    mail = build("invitation", PAYLOAD, sender="samepage@node", message_id="<job-1@node>")
+    mail = build("invitation", PAYLOAD, sender="samepage@node", message_id="<job-1@node>", at=MOMENT)
     assert mail["To"].addresses[0].addr_spec == "ann@example.com"
     assert mail["To"].addresses[0].display_name == "Änn O'Neil, PhD"
     assert mail["Message-ID"] == "<job-1@node>"
+    assert mail["Date"] == "Wed, 06 May 2026 07:08:09 +0000"
     assert mail["Auto-Submitted"] == "auto-generated"
     assert "https://x/i#t" in mail.get_content().splitlines()
     assert mail.as_bytes()
 
 
 def test_names_cannot_add_headers_or_fields() -> None:
+    forged = PAYLOAD | {"from_name": "B\nBcc: eve@example.com"}
     with pytest.raises(ValueError, match="linefeed"):
-        build("invitation", PAYLOAD | {"from_name": "B\nBcc: eve@example.com"}, sender="s@n", message_id="<1@n>")
-    mail = build("invitation", PAYLOAD | {"name": "{link} {0}"}, sender="s@n", message_id="<1@n>")
+        build("invitation", forged, sender="s@n", message_id="<1@n>", at=MOMENT)
+    mail = build("invitation", PAYLOAD | {"name": "{link} {0}"}, sender="s@n", message_id="<1@n>", at=MOMENT)
     assert "Hello {link} {0}," in mail.get_content()
 
 
 def test_an_unknown_kind_of_mail_is_refused() -> None:
     with pytest.raises(UnknownMail, match="no mail of kind newsletter"):
-        build("newsletter", {}, sender="s@n", message_id="<1@n>")
+        build("newsletter", {}, sender="s@n", message_id="<1@n>", at=MOMENT)

@@ -198,3 +198,11 @@ def test_the_rules_keep_every_supported_machines_drivers() -> None:
     for name in needed:
         path = f"/usr/lib/modules/6.12.0-amd64/kernel/{name}.ko.xz"
         assert not [rule for rule in rules if fnmatch.fnmatchcase(path, rule)], path
+
+
+def test_an_omitted_package_counts_as_installed(stage: ModuleType, root: Path) -> None:
+    stanza = "Package: compiler\nArchitecture: amd64\nVersion: 999:0\n"
+    stage.register(root, [stanza])
+    stanzas = (root / "var/lib/dpkg/status").read_text().split("\n\n")
+    assert stanza in stanzas
+    assert (root / "var/lib/dpkg/info/compiler:amd64.list").read_text() == "/.\n"

@@ -248,3 +248,12 @@ def test_where_the_cache_is() -> None:
     assert default_root({"SAMEPAGE_CACHE": "/c"}) == Path("/c")
     assert default_root({"XDG_CACHE_HOME": "/x"}) == Path("/x/samepage-appliance")
     assert default_root({}) == Path.home() / ".cache/samepage-appliance"
+
+
+def test_a_new_result_lets_long_unused_ones_of_its_step_go(store: Store) -> None:
+    old, other = store.step("s", {"a": "1"}, writes("x")), store.step("t", {"a": "1"}, writes("x"))
+    recent = store.step("s", {"a": "2"}, writes("x"))
+    for place in (old, other):
+        os.utime(place.with_name(place.name + ".json"), (1, 1))
+    store.step("s", {"a": "3"}, writes("x"))
+    assert (old.exists(), other.exists(), recent.exists()) == (False, True, True)

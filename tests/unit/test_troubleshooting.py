@@ -57,5 +57,7 @@ def test_every_hint_is_explained() -> None:
 
 def test_the_finder_finds(tmp_path: Path) -> None:
     module = tmp_path / "module.py"
-    module.write_text('A = "one"\nf(hint=A)\nf(hint=f"two {x} three" if x else "four")\nfail(f"no {x}\\n  hint: five")\n')
+    module.write_text(
+        'A = "one"\nf(hint=A)\nf(hint=f"two {x} three" if x else "four")\nfail(f"no {x}\\n  hint: five")\n'
+    )
     assert {text for _, text in hints(module)} == {"one", f"two {GAP} three", "four", "five"}

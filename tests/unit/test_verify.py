@@ -13,11 +13,11 @@ from xml.etree import ElementTree
 import pytest
 
 from appliance.console import Console
+from appliance.steps import record_step
 from appliance.verification.gate import pass_gate
 from appliance.verification.junit import clean, junit_xml
 from appliance.verification.page import duration, html_page
 from appliance.verification.results import Check, Results, Step, append, gather, read_steps
-from appliance.verification.steps import record_step
 from appliance.verify import JUNIT, PAGE, SUMMARY, Verification, VerifyError, VerifyRequest, shared_ssh, verify
 
 CHECKS = {
@@ -388,6 +388,11 @@ def test_steps_are_recorded_also_when_they_fail(tmp_path: Path) -> None:
     assert (first.name, first.ok, second.name, second.ok, second.detail) == ("install", True, "boot", False, "broken")
     assert json.loads(file.read_text())[1]["seconds"] == second.seconds
     assert read_steps(tmp_path / "none") == []
+    with record_step(file, "verify", since=first.start):  # what came before had ended by then
+        pass
+    assert read_steps(file)[2].start == second.finish
+    with record_step(tmp_path / "gone" / "steps.json", "boot"):
+        pass
 
 
 def test_a_record_that_stops_short(tmp_path: Path) -> None:

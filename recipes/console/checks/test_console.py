@@ -80,6 +80,10 @@ def test_screen(host):
     screen = host.run("cat /dev/vcs1").stdout
     for word in ("Samepage appliance", "Web page", "https://", "Health", "ssh root@", "SHA256:"):
         assert word in screen
+    shown = host.file("/run/samepage-app/first-login.json")
+    if shown.exists:
+        first = json.loads(shown.content_string)
+        assert f"{first['user']}  password  {first['password']}" in screen
     assert host.run("pgrep -c getty").stdout.strip() == "0"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from email.headerregistry import Address
 from email.message import EmailMessage
 from typing import Any
@@ -12,7 +13,7 @@ class UnknownMail(Exception):
     """A job of a kind that this release does not know."""
 
 
-def build(kind: str, payload: Mapping[str, Any], *, sender: str, message_id: str) -> EmailMessage:
+def build(kind: str, payload: Mapping[str, Any], *, sender: str, message_id: str, at: datetime) -> EmailMessage:
     """The message of a job. Every attempt of a job bears the same `message_id`, so mailboxes can tell a repetition.
 
     Raises UnknownMail, and ValueError for an address that no mail can go to.
@@ -23,6 +24,7 @@ def build(kind: str, payload: Mapping[str, Any], *, sender: str, message_id: str
     message["Subject"] = f"{payload['from_name']} invites you to Samepage"
     message["From"] = Address("Samepage", addr_spec=sender)
     message["To"] = Address(payload["name"], addr_spec=payload["to"])
+    message["Date"] = at
     message["Message-ID"] = message_id
     message["Auto-Submitted"] = "auto-generated"
     message.set_content(_INVITATION.format_map(payload))

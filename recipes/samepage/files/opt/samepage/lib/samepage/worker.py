@@ -20,14 +20,15 @@ import psycopg
 from psycopg.rows import DictRow
 
 from . import service
+from .clock import utc_now
 from .config import SHARE, ConfigError, Settings
 from .database import conninfo
 from .mail import UnknownMail, build
 from .migrations import SchemaError, plan, read_migrations
+from .retries import ATTEMPTS, is_lasting, pause_after
 
 _LEASE = 120  # seconds; longer than all of SMTP's time limits together
 _SMTP_TIMEOUT = 20
-_ATTEMPTS = 12
 _IDLE = 60.0  # seconds between looks without a notification: leases that ran out, retries
 _HOUSEKEEPING = 3600.0
 _PAUSE = 1.0  # between attempts to reach the database
@@ -57,11 +58,6 @@ _OUTDATED = (
 Connection = psycopg.Connection[DictRow]
 
 
-def pause_after(attempts: int) -> int:
-    """Seconds until the next attempt: 15, 30, 60 ... at most an hour."""
-    return int(min(15 * 2 ** (attempts - 1), 3600))
-
-
 def work_off(connection: Connection, settings: Settings) -> bool:
     """Do one job that is due; False when there is none."""
     job = connection.execute(_TAKE, (_LEASE,)).fetchone()
@@ -78,7 +74,7 @@ def _do(connection: Connection, settings: Settings, job: dict[str, Any]) -> None
     except (UnknownMail, ValueError, KeyError, OSError, smtplib.SMTPException) as error:
         reason = f"{type(error).__name__}: {error}"[:500]
         _log.warning("job %d, attempt %d: %s", *mark, reason)
-        if is_lasting(error) or job["attempts"] >= _ATTEMPTS:
+        if is_lasting(error) or job["attempts"] >= ATTEMPTS:
             connection.execute(_FINISH, ("failed", reason, *mark))
         else:
             connection.execute(_RETRY, (pause_after(job["attempts"]), reason, *mark))
@@ -87,18 +83,10 @@ def _do(connection: Connection, settings: Settings, job: dict[str, Any]) -> None
         _log.info("job %d is done", job["id"])
 
 
-def is_lasting(error: Exception) -> bool:
-    """Whether trying again cannot help: the mail server said 5xx, or the job itself is wrong."""
-    if isinstance(error, smtplib.SMTPRecipientsRefused):
-        return all(code >= 500 for code, _ in error.recipients.values())
-    if isinstance(error, smtplib.SMTPResponseException):
-        return error.smtp_code >= 500
-    return not isinstance(error, OSError)  # every other error of smtplib is an OSError too: the connection was lost
-
-
 def _send(settings: Settings, job: dict[str, Any]) -> None:
     domain = settings.mail_from.rpartition("@")[2]
-    message = build(job["kind"], job["payload"], sender=settings.mail_from, message_id=f"<job-{job['id']}@{domain}>")
+    message_id = f"<job-{job['id']}@{domain}>"
+    message = build(job["kind"], job["payload"], sender=settings.mail_from, message_id=message_id, at=utc_now())
     with smtplib.SMTP(settings.smtp_host, settings.smtp_port, local_hostname=domain, timeout=_SMTP_TIMEOUT) as server:
         server.send_message(message)
 
