@@ -136,6 +136,7 @@ def _erofs(tools: Tools, lock: Lock, kind: LayerKind, tar: Path, out: Path) -> N
         "-b4096",
         "-x-1",
         "--workers=1",
+        "-Enoinline_data",  # files behind a changed one then move by whole blocks, and inodes do not: deltas stay small
         out,
         tar,
     )

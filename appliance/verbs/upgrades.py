@@ -1,0 +1,185 @@
+"""Verbs about upgrades: bundle, channel, key."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+import appliance
+from appliance.cli import Session, pass_session, verb
+from appliance.verbs.build import archive_options
+
+if TYPE_CHECKING:
+    from appliance.bundle import ReleaseFiles
+    from appliance.node.keys import Trust
+    from appliance.pipeline import Options
+    from appliance.store import Store
+
+key_option = click.option(
+    "--key", type=click.Path(dir_okay=False, path_type=Path), help="Secret key to sign with; the user's by default."
+)
+
+
+@verb("bundle --from 2026.10.0", "bundle --from old.iso --from older.iso", "bundle --full", "bundle --show FILE")
+@click.option(
+    "--from", "starts", multiple=True, metavar="RELEASE", help="Release to start from: ISO, manifest, folder, version."
+)
+@click.option(
+    "--to", "goal", default="", metavar="RELEASE", help="Release to lead to; by default what the recipes make now."
+)
+@click.option("--full", is_flag=True, help="Also a bundle that starts from any release.")
+@click.option(
+    "--show", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Only say what a bundle does."
+)
+@click.option(
+    "--release-version", default=appliance.__version__, show_default=True, help="Version of what is made now."
+)
+@click.option("--output-dir", type=click.Path(file_okay=False, path_type=Path), help="Write here instead of dist/.")
+@click.option("--locked", is_flag=True, help="Stop when the lock does not fit, instead of resolving it anew.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was made, or what a bundle does, as JSON.")
+@key_option
+@archive_options
+@pass_session
+def bundle(
+    session: Session, starts: tuple[str, ...], goal: str, full: bool, show: Path | None, release_version: str,
+    output_dir: Path | None, locked: bool, as_json: bool, key: Path | None, mirror: str, security_mirror: str,
+) -> None:  # fmt: skip
+    """Make the signed bundles that upgrade nodes from earlier releases."""
+    from appliance import bundle as making
+    from appliance import signing
+    from appliance.pipeline import Options
+
+    if show:
+        _show(session, show, key, as_json)
+        return
+    if not starts and not full:
+        raise click.UsageError("name the releases to start from with --from, or say --full")
+    signer = signing.load(key)
+    options = Options(
+        project=session.project, layout=session.layout, version=release_version, locked=locked, mirror=mirror,
+        security_mirror=security_mirror, output=output_dir.absolute() if output_dir else None,
+    )  # fmt: skip
+    new, olds = _releases(session, options, goal, starts)
+    options.dist.mkdir(parents=True, exist_ok=True)
+    made = []
+    for old in (*olds, *([None] if full else [])):
+        target = options.dist / making.file_name(old, new)
+        with session.console.stage(target.name) as progress:
+            made.append(making.make(old, new, signer, target, progress=progress))
+    if as_json:
+        session.console.result_json([{"path": str(one.path), "sha256": one.sha256, "size": one.size} for one in made])
+        return
+    for one in made:
+        session.console.result(f"{one.path}  {one.size:,} bytes")
+
+
+def _releases(
+    session: Session, options: Options, goal: str, starts: tuple[str, ...]
+) -> tuple[ReleaseFiles, list[ReleaseFiles]]:
+    """The release to lead to, and those to start from."""
+    from appliance import bundle as making
+    from appliance import lock as locking
+    from appliance import pipeline, releases, tools
+
+    store: Store = pipeline.ReportingStore(options.cache, options.project, session.console.note, session.console)
+    if goal:
+        lock = locking.read_lock(options.lock_file)
+    else:
+        built = pipeline.build_release(options, session.console)
+        lock = built.lock
+    toolbox = tools.prepare(lock, store, pipeline.fetcher(options, lock, store, session.console))
+    dist = session.project / "dist"
+    new = releases.find(goal, dist, toolbox, store) if goal else making.files_of(built.release)
+    return new, [releases.find(start, dist, toolbox, store) for start in starts]
+
+
+def _show(session: Session, path: Path, key: Path | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from appliance.bundle import describe
+    from appliance.errors import ApplianceError
+    from appliance.node.bundle import open_bundle
+    from appliance.node.refusals import Refusal
+
+    try:
+        with open_bundle(str(path), _trust(session, key)) as opened:
+            info = opened.info
+    except Refusal as refusal:
+        raise ApplianceError(f"{path}: {refusal.message}", hint=refusal.hint) from refusal
+    if as_json:
+        session.console.result_json({**asdict(info), "size": path.stat().st_size})
+    else:
+        session.console.result(describe(info, path.stat().st_size))
+
+
+@verb("channel add /srv/channel dist/*.bundle", "channel keep /srv/channel --releases 5")
+@click.argument("action", type=click.Choice(["add", "keep"]))
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("bundles", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--releases", "keep", type=click.IntRange(min=0), default=0, help="How many of the newest releases stay; 0: all."
+)
+@click.option(
+    "--days", type=click.IntRange(min=1), default=14, show_default=True, help="How long nodes trust this index."
+)
+@click.option("--revoke", multiple=True, metavar="KEY-ID", help="A key that nodes must not trust any more.")
+@key_option
+@pass_session
+def channel(
+    session: Session, action: str, folder: Path, bundles: tuple[Path, ...], keep: int, days: int,
+    revoke: tuple[str, ...], key: Path | None,
+) -> None:  # fmt: skip
+    """Keep a static folder of bundles with a signed index: add bundles, or renew the index and drop old ones."""
+    from appliance import channel as keeping
+    from appliance import signing
+
+    if action == "add" and not bundles:
+        raise click.UsageError("name the bundles to add")
+    if action == "keep" and bundles:
+        raise click.UsageError("keep takes no bundles; say add")
+    index = keeping.add(
+        folder, bundles, signing.load(key), int(time.time()), keep=keep, lifetime=days * 86400, revoked=revoke
+    )
+    session.console.result(
+        f"{folder}: index {index.counter}, {len(index.releases)} releases, {len(index.bundles)} bundles, "
+        f"newest {index.newest.version}"
+    )
+
+
+@verb("key new team", "key show")
+@click.argument("action", type=click.Choice(["new", "show"]))
+@click.argument("name", default="")
+@key_option
+@pass_session
+def key(session: Session, action: str, name: str, key: Path | None) -> None:
+    """Make the key that signs bundles, or show its id."""
+    from appliance import signing
+
+    if action == "show":
+        session.console.result(signing.load(key).id)
+        return
+    if not name.isidentifier():
+        raise click.UsageError("give the key a name of letters, digits and underscores")
+    signer, public = signing.create(name, session.project, key)
+    session.console.note(f"the secret key is {key or signing.default_place()}: keep it safe, and out of the project")
+    session.console.result(f"{public}  {signer.id}")
+
+
+def _trust(session: Session, key: Path | None) -> Trust:
+    """The keys that the project's releases trust, and the user's own."""
+    from appliance import signing
+    from appliance.errors import ApplianceError
+    from appliance.node.keys import KeyFileError, Trust, load_trust
+
+    folder = session.project / signing.TRUSTED
+    try:
+        known = load_trust(str(folder)) if folder.is_dir() else Trust({})
+    except KeyFileError as error:
+        raise ApplianceError(str(error), hint="correct the file, or take it from version control again") from error
+    if key or signing.default_place().is_file():
+        signer = signing.load(key)
+        return Trust({**known.keys, signer.id: signer.public}, known.revoked)
+    return known

@@ -1,0 +1,132 @@
+"""What the builder keeps for upgrades: channels, the signing key, and earlier releases that are found again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance import bundle as making
+from appliance import channel, releases, signing
+from appliance.errors import ApplianceError, UnknownName
+from appliance.node.channel import INDEX_NAME, check_index, parse_index, plan
+from appliance.node.keys import load_trust
+from appliance.store import Store
+from tests.unit.releases import OTHER, SIGNER, TRUST, Maker
+
+NOW = 1_800_000_000
+
+
+class NoTools:
+    """Tools that must not be needed."""
+
+    root = Path("/nonexistent")
+
+    def run(self, program: str, *args: str | Path, **options: Any) -> Any:
+        raise AssertionError(f"{program} was called with {args} {options}")
+
+
+@pytest.fixture
+def maker(tmp_path: Path) -> Maker:
+    (tmp_path / "files").mkdir()
+    return Maker(tmp_path / "files")
+
+
+def bundle(old: making.ReleaseFiles | None, new: making.ReleaseFiles, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return making.make(old, new, SIGNER, folder / making.file_name(old, new)).path
+
+
+def test_a_channel_grows_and_drops_old_releases(maker: Maker, tmp_path: Path) -> None:
+    one, two, three = (maker.release(f"1.{number}", nginx=b"%d" % number) for number in range(3))
+    made, folder = tmp_path / "made", tmp_path / "channel"
+    channel.add(folder, [bundle(None, one, made)], SIGNER, NOW)
+    channel.add(folder, [bundle(one, two, made)], SIGNER, NOW + 10)
+    index = channel.add(folder, [bundle(two, three, made)], SIGNER, NOW + 20)
+    assert index == parse_index((folder / INDEX_NAME).read_bytes(), TRUST)
+    check_index(index, NOW + 30, 2, "test", "amd64")
+    assert [bundle.file for bundle in plan(index, "1.0", [one.digest])] == [
+        "samepage-1.0-to-1.1.bundle",
+        "samepage-1.1-to-1.2.bundle",
+    ]
+    assert plan(index, "0.9", ["f" * 64])[0].file == "samepage-any-to-1.0.bundle"
+    for entry in index.bundles:
+        assert (folder / entry.file).stat().st_size == entry.size
+    kept = channel.add(folder, [], SIGNER, NOW + 30, keep=1, revoked=[OTHER.id])
+    assert (kept.counter, kept.newest.version, kept.revoked) == (4, "1.2", frozenset({OTHER.id}))
+    assert sorted(path.name for path in folder.iterdir()) == [INDEX_NAME, "samepage-1.1-to-1.2.bundle"]
+
+
+def test_a_channel_takes_no_foreign_bundle_and_no_foreign_index(maker: Maker, tmp_path: Path) -> None:
+    path = bundle(None, maker.release(), tmp_path / "made")
+    with pytest.raises(ApplianceError, match="no channel yet"):
+        channel.add(tmp_path / "channel", [], SIGNER, NOW)
+    with pytest.raises(ApplianceError, match="not trusted"):
+        channel.add(tmp_path / "channel", [path], OTHER, NOW)
+    channel.add(tmp_path / "channel", [path], SIGNER, NOW)
+    with pytest.raises(ApplianceError, match="not trusted"):
+        channel.add(tmp_path / "channel", [], OTHER, NOW)
+    other = bundle(None, maker.release("1.1", layout="production"), tmp_path / "made")
+    with pytest.raises(ApplianceError, match="production"):
+        channel.add(tmp_path / "channel", [other], SIGNER, NOW)
+
+
+def test_a_signing_key_is_made_once_and_kept_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "config" / "signing.key"
+    monkeypatch.setenv(signing.VARIABLE, str(place))
+    with pytest.raises(ApplianceError, match="no signing key"):
+        signing.load()
+    signer, public = signing.create("team", tmp_path)
+    assert signing.load() == signer
+    assert place.stat().st_mode & 0o777 == 0o600
+    assert load_trust(str(public.parent)).keys == {signer.id: signer.public}
+    with pytest.raises(ApplianceError, match="there already"):
+        signing.create("team", tmp_path)
+    place.chmod(0o644)
+    with pytest.raises(ApplianceError, match="others may read"):
+        signing.load()
+
+
+def keep(release: making.ReleaseFiles, dist: Path, store: Store) -> None:
+    """What a build leaves: the manifest in dist, the files in the store."""
+    dist.mkdir(exist_ok=True)
+    (dist / f"samepage-appliance-{release.manifest.version}-amd64.manifest.json").write_bytes(release.content)
+    for layer in release.manifest.layers:
+        folder = store.root / "steps" / layer.kind / "key"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{layer.kind}-{layer.digest}.erofs").write_bytes(release.files[layer.digest].read_bytes())
+    folder = store.root / "steps" / "initrd" / release.manifest.version
+    folder.mkdir(parents=True)
+    kernel = release.manifest.kernel
+    digests = {"vmlinuz": kernel.vmlinuz.digest, "initrd": kernel.initrd.digest}
+    for name, digest in digests.items():
+        (folder / name).write_bytes(release.files[digest].read_bytes())
+    (folder / "digests.json").write_text(str(digests).replace("'", '"'))
+
+
+def test_a_release_is_found_by_version_manifest_and_folder(maker: Maker, tmp_path: Path) -> None:
+    store, dist = Store(tmp_path / "cache", tmp_path), tmp_path / "dist"
+    release = maker.release("1.0")
+    keep(release, dist, store)
+    manifest = next(dist.iterdir())
+    for wanted in ("1.0", str(manifest), str(dist)):
+        found = releases.find(wanted, dist, NoTools(), store)
+        assert found.content == release.content
+        assert {digest: path.read_bytes() for digest, path in found.files.items()} == {
+            digest: release.files[digest].read_bytes() for digest in found.files
+        }
+    with pytest.raises(UnknownName, match=r"no release 1\.1"):
+        releases.find("1.1", dist, NoTools(), store)
+    keep(maker.release("1.1"), dist, store)
+    with pytest.raises(UnknownName, match="one release"):
+        releases.find(str(dist), dist, NoTools(), store)
+
+
+def test_a_release_whose_files_are_gone_says_what_helps(maker: Maker, tmp_path: Path) -> None:
+    store, dist = Store(tmp_path / "cache", tmp_path), tmp_path / "dist"
+    keep(maker.release("1.0"), dist, store)
+    for image in (store.root / "steps" / "base").glob("*/*"):
+        image.unlink()
+    with pytest.raises(ApplianceError, match="give the release's ISO"):
+        releases.find("1.0", dist, NoTools(), store)
