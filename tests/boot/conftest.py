@@ -206,7 +206,9 @@ def second(iso: Path, machines: Start, disk_with_data: Path, tmp_path_factory: p
     qemu.wait_installed(installer.instance, DEADLINE)
     TARGET.down(installer.instance)
     disk = (installer.instance.folder / "disk.qcow2").rename(folder / "disk.qcow2")
-    cards = [word for card in NICS for word in ("-nic", f"user,model={card}")]
+    # a network of its own for each, or answers would leave by the wrong card
+    networks = [f"user,model={card},net=10.0.{number}.0/24" for number, card in enumerate(NICS, start=10)]
+    cards = [word for network in networks for word in ("-nic", network)]
     made = machines("second", disk, "disk", firmware="uefi", extra=cards)
     made.wait()
     return made
