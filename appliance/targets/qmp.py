@@ -31,8 +31,12 @@ class Qmp:
             raise NodeError(f"the virtual machine does not answer at {path}: {error.strerror}") from error
         self._received = b""
         self.events: list[dict[str, Any]] = []
-        self._read()  # greeting
-        self.execute("qmp_capabilities")
+        try:
+            self._read()  # greeting
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self._socket.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
