@@ -13,11 +13,13 @@ from contextlib import contextmanager
 import docker
 import docker.errors
 import pytest
+from docker.constants import MINIMUM_DOCKER_API_VERSION
 
 
 def answers() -> bool:
     try:
-        client = docker.from_env(timeout=10)
+        # A stated version asks the engine nothing yet, so that there is a client to close when none answers.
+        client = docker.from_env(timeout=10, version=MINIMUM_DOCKER_API_VERSION)
     except docker.errors.DockerException:
         return False
     try:

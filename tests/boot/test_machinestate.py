@@ -57,7 +57,7 @@ def test_copies_go_on_where_the_original_stopped(project: Path) -> None:
     for copy in copies:
         answer(copy, "x")
         assert "started" not in QEMU.console(copy)
-    assert len({copy.ports["22"] for copy in (*copies, original)}) == 3
+    assert len({copy.ports["22"] for copy in copies}) == 2  # the original has ended: its port may be taken again
 
 
 def test_nodes_run_side_by_side_and_leave_nothing(project: Path) -> None:
