@@ -43,7 +43,7 @@ sha256sum --check --strict ./*.iso.sha256
 ls -l
 cd ..
 test -z "$(git status --porcelain)" || { git status --short; echo "the build changed the checkout"; exit 1; }
-./build.py doctor
+./build.py doctor || [ $? -eq 3 ]  # what only booting needs is not there yet
 """
 
 
