@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from appliance import delta
+from appliance import delta, erofs
 from appliance.console import Progress
 from appliance.errors import ApplianceError
 from appliance.model import Artifact, Release
@@ -27,7 +28,10 @@ NODE_FILE = "/etc/samepage/node.json"
 
 @dataclass(frozen=True, slots=True)
 class ReleaseFiles:
-    """A release's manifest and where its files lie on this host, by digest."""
+    """A release's manifest and where its files lie on this host, by digest.
+
+    An old release may lack files: what would be made from them is then sent whole.
+    """
 
     content: bytes
     manifest: Manifest
@@ -82,8 +86,9 @@ def make(
     payloads = [delta.make_small(new.content, old.content if old else None)]
     done = 0
     for one in wanted:
-        payloads.append(delta.make(known[one.digest], [known[source] for source in one.sources]))
-        parts.append(Part(one.kind, one.node, len(payloads[-1]), one.size, one.digest, one.sources))
+        sources = tuple(source for source in one.sources if source in known)
+        payloads.append(delta.make(known[one.digest], [known[source] for source in sources]))
+        parts.append(Part(one.kind, one.node, len(payloads[-1]), one.size, one.digest, sources))
         done += one.size
         if progress:
             progress.update(done, total, "bytes")
@@ -145,7 +150,10 @@ def _like(old: ReleaseFiles | None, layer: LayerRecord) -> tuple[str, ...]:
 
 
 def summarise(old: ReleaseFiles, new: ReleaseFiles) -> dict[str, Any]:
-    """What the upgrade changes, for people: class, packages, units by node, migrations. Empty parts are left out."""
+    """What the upgrade changes, for people: class, packages, units by node, schema levels, names of new migrations.
+
+    Empty parts are left out.
+    """
     nodes = sorted({layer.node for layer in new.manifest.layers if layer.kind == "config"})
     known = {layer.node for layer in old.manifest.layers if layer.kind == "config"}
     order = ("nothing", "live", "soft-reboot", "reboot")
@@ -158,7 +166,12 @@ def summarise(old: ReleaseFiles, new: ReleaseFiles) -> dict[str, Any]:
     }
     units = {node: touched for node in nodes if node in known and (touched := _units(old, new, node))}
     levels = [old.manifest.schema_level, new.manifest.schema_level]
-    found = {"packages": packages, "units": units, "migrations": levels if levels[0] != levels[1] else []}
+    found = {
+        "packages": packages,
+        "units": units,
+        "migrations": levels if levels[0] != levels[1] else [],
+        "migration_files": _new_migrations(old, new),
+    }
     return {"class": max(classes, key=order.index, default="reboot")} | {
         key: value for key, value in found.items() if value
     }
@@ -167,8 +180,11 @@ def summarise(old: ReleaseFiles, new: ReleaseFiles) -> dict[str, Any]:
 def _units(old: ReleaseFiles, new: ReleaseFiles, node: str) -> dict[str, str]:
     """What happens to the units of one node because files of its config and app layers differ."""
     try:
-        layers = [{layer.kind: one.files[layer.digest] for layer in one.manifest.layers_of(node)} for one in (old, new)]
-    except ReleaseError:
+        layers = [
+            {layer.kind: one.files[layer.digest] for layer in one.manifest.layers_of(node) if layer.kind != "base"}
+            for one in (old, new)
+        ]
+    except (ReleaseError, KeyError):  # another node, or a file that is not at hand
         return {}
     before, after = layers
     changed = changed_paths(before["config"], after["config"], "") | changed_paths(
@@ -178,25 +194,61 @@ def _units(old: ReleaseFiles, new: ReleaseFiles, node: str) -> dict[str, str]:
     return dict(touched_units(records[0], records[1], changed))
 
 
+def _new_migrations(old: ReleaseFiles, new: ReleaseFiles) -> list[str]:
+    """Names of the files in folders called `migrations` of the app layer that only the new release has."""
+    images = []
+    for one in (old, new):
+        digest = next(layer.digest for layer in one.manifest.layers if layer.kind == "app")
+        images.append(one.files.get(digest))
+    before, after = images
+    if before is None or after is None or before == after:
+        return []
+    paths = [
+        {file.path for file in erofs.parse(image.read_bytes()).files if stat.S_ISREG(file.mode)}
+        for image in (before, after)
+    ]
+    fresh = (path.split("/") for path in paths[1] - paths[0])
+    return sorted(words[-1] for words in fresh if words[-2] == "migrations")
+
+
+EFFECTS = {
+    "nothing": "the node's files stay as they are",
+    "live": "only the units named below are touched",
+    "soft-reboot": "all of userspace starts anew, the kernel runs on",
+    "reboot": "the machine starts anew",
+}
+
+
 def describe(info: Info, size: int) -> str:
-    """A bundle in words, for `bundle show`."""
+    """A bundle of `size` bytes in words, for `bundle show`."""
     start = f"release {info.from_version}" if info.from_version else "any release"
+    depth = info.summary.get("class", "unknown")
     lines = [
         f"{start} -> release {info.version}  ({info.layout}, {info.architecture})",
         f"bundle: {size:,} bytes; it makes {info.makes:,} bytes",
-        f"class: {info.summary.get('class', 'unknown')}",
+        f"class: {depth}" + (f": {EFFECTS[depth]}" if depth in EFFECTS else ""),
         "parts:",
     ]
     for part in info.parts:
         name = f"{part.kind} {part.node}".strip()
         lines.append(f"  {name:<20} {part.packed:>12,} of {part.size:>13,} bytes")
+    if same := unchanged(info):
+        lines.append(f"  unchanged: {', '.join(same)}")
     lines += _listed("packages", [f"{name} {_move(*move)}" for name, move in _pairs(info.summary, "packages")])
     for node, units in _pairs(info.summary, "units"):
         lines += _listed(f"units of {node}", [f"{action:<8} {name}" for name, action in units.items()])
     levels: Sequence[int] = info.summary.get("migrations", ())
-    if levels:
-        lines.append(f"migrations: schema level {levels[0]} -> {levels[1]}")
+    names = info.summary.get("migration_files", [])
+    if levels or names:
+        lines.append("migrations:" + (f" schema level {levels[0]} -> {levels[1]}" if levels else ""))
+        lines += [f"  {name}" for name in names]
     return "\n".join(lines)
+
+
+def unchanged(info: Info) -> list[str]:
+    """Kinds of files of which the bundle makes none, since both releases have the same."""
+    kinds = {part.kind for part in info.parts}
+    return [kind for kind in format_.PART_KINDS if kind not in kinds]
 
 
 def _pairs(summary: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:

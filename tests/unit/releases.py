@@ -41,10 +41,11 @@ class Maker:
     def release(
         self, version: str = "1.0", *, nginx: bytes = b"one", app: bytes = b"print(1)", library: bytes = NOISE,
         kernel: bytes = b"linux 1", packages: Mapping[str, str] | None = None, nodes: tuple[str, ...] = ("one",),
-        **changes: Any,
+        migrations: tuple[str, ...] = (), **changes: Any,
     ) -> ReleaseFiles:  # fmt: skip
         base = self.keep(image({"/usr/lib/library.so": library, "/usr/lib/module.ko": NOISE[:20_000] + kernel}))
-        code = self.keep(image({"/lib/app/main.py": app, "/share/page.html": b"<p>"}))
+        sql = {f"/share/app/migrations/{name}": name.encode() for name in migrations}
+        code = self.keep(image({"/lib/app/main.py": app, "/share/page.html": b"<p>"} | sql))
         layers = [LayerRecord("base", "", base.digest, base.size), LayerRecord("app", "", code.digest, code.size)]
         for node in nodes:
             record = json.dumps({"name": node, "units": UNITS}).encode()

@@ -109,8 +109,11 @@ def test_the_same_releases_make_the_same_bytes(maker: Maker, tmp_path: Path) -> 
 
 
 def test_the_summary_says_what_changes(maker: Maker, tmp_path: Path) -> None:
-    old = maker.release(packages={"nginx": "1.26", "gone": "1"})
-    new = maker.release("1.1", nginx=b"two", packages={"nginx": "1.27", "fresh": "2"}, schema_level=2)
+    old = maker.release(packages={"nginx": "1.26", "gone": "1"}, migrations=("0001_first.sql",))
+    new = maker.release(
+        "1.1", nginx=b"two", packages={"nginx": "1.27", "fresh": "2"}, schema_level=2,
+        migrations=("0001_first.sql", "0002_tags.sql"),
+    )  # fmt: skip
     path = make(old, new, tmp_path / "bundle")
     info = read_info(str(path), TRUST)
     assert info.summary == {
@@ -118,17 +121,46 @@ def test_the_summary_says_what_changes(maker: Maker, tmp_path: Path) -> None:
         "packages": {"fresh": ["", "2"], "gone": ["1", ""], "nginx": ["1.26", "1.27"]},
         "units": {"one": {"nginx.service": "reload"}},
         "migrations": [1, 2],
+        "migration_files": ["0002_tags.sql"],
     }
     text = making.describe(info, path.stat().st_size)
     for line in (
-        "class: live",
+        "release 1.0 -> release 1.1  (test, amd64)",
+        "class: live: only the units named below are touched",
+        "unchanged: base, vmlinuz, initrd",
         "nginx 1.26 -> 1.27",
         "fresh 2 (new)",
         "gone 1 (gone)",
-        "reload   nginx.service",
-        "schema level 1 -> 2",
+        "units of one:\n  reload   nginx.service",
+        "migrations: schema level 1 -> 2\n  0002_tags.sql",
     ):
         assert line in text
+    for part in info.parts:
+        assert f"{part.packed:,} of" in text
+
+
+def test_a_full_bundle_is_described_too(maker: Maker, tmp_path: Path) -> None:
+    path = make(None, maker.release("2.0"), tmp_path / "bundle")
+    text = making.describe(read_info(str(path), TRUST), path.stat().st_size)
+    assert "any release -> release 2.0" in text
+    assert "class: reboot: the machine starts anew" in text
+    assert "unchanged" not in text
+
+
+@pytest.mark.parametrize("lost", ["config", "app", "base", "kernel"])
+def test_what_cannot_be_made_from_an_old_file_is_sent_whole(maker: Maker, tmp_path: Path, lost: str) -> None:
+    old, new = maker.release(), maker.release("1.1", **CHANGES["all"])
+    kernel = old.manifest.kernel
+    gone = {layer.digest for layer in old.manifest.layers if layer.kind == lost}
+    gone |= {kernel.vmlinuz.digest, kernel.initrd.digest} if lost == "kernel" else set()
+    poorer = replace(old, files={digest: path for digest, path in old.files.items() if digest not in gone})
+    wanted = bundle.files_of(new.manifest)
+    new = replace(new, files={digest: path for digest, path in new.files.items() if digest in wanted})
+    path = make(poorer, new, tmp_path / "bundle")
+    info = read_info(str(path), TRUST)
+    assert info.from_manifest == old.digest
+    assert not any(source in gone for part in info.parts for source in part.sources)
+    check_made(new, poorer, apply_all(path, poorer, tmp_path / "made"))
 
 
 def test_releases_of_two_layouts_have_no_bundle(maker: Maker, tmp_path: Path) -> None:
