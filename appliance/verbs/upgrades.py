@@ -23,7 +23,11 @@ key_option = click.option(
 )
 
 
-@verb("bundle --from 2026.10.0", "bundle --from old.iso --from older.iso", "bundle --full", "bundle --show FILE")
+@verb(
+    "bundle --from 2026.10.0", "bundle --from old.iso --from older.iso --to 2026.11.0", "bundle --full",
+    "bundle show dist/samepage-2026.10.0-to-2026.11.0.bundle",
+)  # fmt: skip
+@click.argument("words", nargs=-1, metavar="[show FILE]")
 @click.option(
     "--from", "starts", multiple=True, metavar="RELEASE", help="Release to start from: ISO, manifest, folder, version."
 )
@@ -31,9 +35,7 @@ key_option = click.option(
     "--to", "goal", default="", metavar="RELEASE", help="Release to lead to; by default what the recipes make now."
 )
 @click.option("--full", is_flag=True, help="Also a bundle that starts from any release.")
-@click.option(
-    "--show", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Only say what a bundle does."
-)
+@click.option("--show", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The same as the word show.")
 @click.option(
     "--release-version", default=appliance.__version__, show_default=True, help="Version of what is made now."
 )
@@ -44,16 +46,17 @@ key_option = click.option(
 @archive_options
 @pass_session
 def bundle(
-    session: Session, starts: tuple[str, ...], goal: str, full: bool, show: Path | None, release_version: str,
-    output_dir: Path | None, locked: bool, as_json: bool, key: Path | None, mirror: str, security_mirror: str,
+    session: Session, words: tuple[str, ...], starts: tuple[str, ...], goal: str, full: bool, show: Path | None,
+    release_version: str, output_dir: Path | None, locked: bool, as_json: bool, key: Path | None, mirror: str,
+    security_mirror: str,
 ) -> None:  # fmt: skip
-    """Make the signed bundles that upgrade nodes from earlier releases."""
+    """Make the signed bundles that upgrade nodes from earlier releases, or show what a bundle does."""
     from appliance import bundle as making
     from appliance import signing
     from appliance.pipeline import Options
 
-    if show:
-        _show(session, show, key, as_json)
+    if words or show:
+        _show(session, _file_to_show(words, show), key, as_json)
         return
     if not starts and not full:
         raise click.UsageError("name the releases to start from with --from, or say --full")
@@ -63,6 +66,8 @@ def bundle(
         security_mirror=security_mirror, output=output_dir.absolute() if output_dir else None,
     )  # fmt: skip
     new, olds = _releases(session, options, goal, starts)
+    for start in olds:
+        _tell_apart(session, start, new)
     options.dist.mkdir(parents=True, exist_ok=True)
     made = []
     for old in (*olds, *([None] if full else [])):
@@ -74,6 +79,28 @@ def bundle(
         return
     for one in made:
         session.console.result(f"{one.path}  {one.size:,} bytes")
+
+
+def _file_to_show(words: tuple[str, ...], show: Path | None) -> Path:
+    if show and not words:
+        return show
+    if show or len(words) != 2 or words[0] != "show":
+        raise click.UsageError("say: bundle show FILE, or name the releases to start from with --from")
+    if not Path(words[1]).is_file():
+        raise click.UsageError(f"there is no file {words[1]}")
+    return Path(words[1])
+
+
+def _tell_apart(session: Session, old: ReleaseFiles, new: ReleaseFiles) -> None:
+    """Two releases should have two names. Raises ApplianceError where they are one."""
+    from appliance.errors import ApplianceError
+
+    version = new.manifest.version
+    if old.digest == new.digest:
+        hint = "change something first, and give what is made now a version of its own with --release-version"
+        raise ApplianceError(f"release {version} is what --from names: there is nothing to upgrade", hint=hint)
+    if old.manifest.version == version:
+        session.console.warn(f"two different releases are called {version}; name the new one with --release-version")
 
 
 def _releases(
@@ -99,7 +126,7 @@ def _releases(
 def _show(session: Session, path: Path, key: Path | None, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from appliance.bundle import describe
+    from appliance.bundle import describe, unchanged
     from appliance.errors import ApplianceError
     from appliance.node.bundle import open_bundle
     from appliance.node.refusals import Refusal
@@ -109,10 +136,11 @@ def _show(session: Session, path: Path, key: Path | None, as_json: bool) -> None
             info = opened.info
     except Refusal as refusal:
         raise ApplianceError(f"{path}: {refusal.message}", hint=refusal.hint) from refusal
+    size = path.stat().st_size
     if as_json:
-        session.console.result_json({**asdict(info), "size": path.stat().st_size})
+        session.console.result_json({**asdict(info), "path": str(path), "size": size, "unchanged": unchanged(info)})
     else:
-        session.console.result(describe(info, path.stat().st_size))
+        session.console.result(describe(info, size))
 
 
 @verb("channel add /srv/channel dist/*.bundle", "channel keep /srv/channel --releases 5")
@@ -159,7 +187,8 @@ def key(session: Session, action: str, name: str, key: Path | None) -> None:
     from appliance import signing
 
     if action == "show":
-        session.console.result(signing.load(key).id)
+        found = None if key else signing.find()  # the personal one too
+        session.console.result((found or signing.load(key)).id)
         return
     if not name.isidentifier():
         raise click.UsageError("give the key a name of letters, digits and underscores")
@@ -179,7 +208,7 @@ def _trust(session: Session, key: Path | None) -> Trust:
         known = load_trust(str(folder)) if folder.is_dir() else Trust({})
     except KeyFileError as error:
         raise ApplianceError(str(error), hint="correct the file, or take it from version control again") from error
-    if key or signing.default_place().is_file():
-        signer = signing.load(key)
-        return Trust({**known.keys, signer.id: signer.public}, known.revoked)
-    return known
+    own = [signing.load(key)] if key else [
+        signing.load(place) for place in (signing.default_place(), signing.personal_place()) if place.is_file()
+    ]  # fmt: skip
+    return Trust({**known.keys, **{signer.id: signer.public for signer in own}}, known.revoked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 
 from appliance import bundle as making
 from appliance import channel, releases, signing
-from appliance.errors import ApplianceError, UnknownName
+from appliance.errors import ApplianceError, HostError, UnknownName
 from appliance.node.channel import INDEX_NAME, check_index, parse_index, plan
-from appliance.node.keys import load_trust
+from appliance.node.keys import PUBLIC, load_trust, parse_key
 from appliance.store import Store
 from tests.unit.releases import OTHER, SIGNER, TRUST, Maker
 
@@ -86,6 +87,54 @@ def test_a_signing_key_is_made_once_and_kept_private(tmp_path: Path, monkeypatch
     place.chmod(0o644)
     with pytest.raises(ApplianceError, match="others may read"):
         signing.load()
+
+
+def test_a_personal_key_is_made_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(signing.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    said: list[str] = []
+    assert signing.find() is None
+    signer = signing.ensure(said.append)
+    place = signing.personal_place()
+    assert place.stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in place.parent.iterdir()] == [place.name]
+    assert len(said) == 1
+    assert str(place) in said[0]
+    assert signing.ensure(said.append) == signing.find() == signer
+    assert len(said) == 1
+    assert parse_key(signing.public_line(signer), PUBLIC) == signer.public
+    assert signing.public_line(signer).count(b"\n") == 1
+    with pytest.raises(ApplianceError, match="no signing key"):
+        signing.load()  # what others install is never signed with it
+    team, _ = signing.create("team", tmp_path)
+    assert signing.ensure(said.append) == team != signer
+    place.chmod(0o640)
+    signing.default_place().unlink()
+    with pytest.raises(ApplianceError, match="others may read"):
+        signing.ensure(said.append)
+
+
+def test_a_key_that_is_named_is_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv(signing.VARIABLE, str(tmp_path / "nowhere.key"))
+    with pytest.raises(ApplianceError, match=r"nowhere\.key"):
+        signing.ensure(lambda _text: None)
+    monkeypatch.delenv(signing.VARIABLE)
+    (tmp_path / "config").write_text("in the way")
+    with pytest.raises(HostError, match="cannot write the signing key"):
+        signing.ensure(lambda _text: None)
+
+
+def test_users_without_a_name_have_keys_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, comment in (("j. d\xf6e", b"j._d_e"), (None, b"builder")):
+
+        def user(name: str | None = name) -> str:
+            if name is None:
+                raise KeyError("no entry")
+            return name
+
+        monkeypatch.setattr(signing.getpass, "getuser", user)
+        assert signing.public_line(SIGNER).split() == [PUBLIC.encode(), b64encode(SIGNER.public), comment]
 
 
 def keep(release: making.ReleaseFiles, dist: Path, store: Store) -> None:
