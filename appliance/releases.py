@@ -1,4 +1,4 @@
-"""Finds the files of earlier releases: by version, by manifest, by the folder that holds them, or in an ISO.
+"""Finds the files of earlier releases: by version, by manifest, by the folder that holds them, in an ISO, in the cache.
 
 An image that the cache still has is taken from there; the others are unpacked from the ISO beside the manifest.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,44 @@ def find(wanted: str, dist: Path, tools: ToolBox, store: Store) -> ReleaseFiles:
     return _from_iso(iso, content, tools, store)
 
 
+def held(content: bytes, known: Mapping[str, Path], dist: Path, tools: ToolBox, store: Store) -> ReleaseFiles:
+    """The release with this manifest, with those of its files that are at hand.
+
+    They are taken from `known` (by digest), the cache, or an ISO in `dist` that has them. Raises ApplianceError where
+    the manifest cannot be read.
+    """
+    try:
+        manifest = parse(content)
+    except ReleaseError as error:
+        raise ApplianceError(f"a node's release: {error}", hint="start the node anew from an ISO of today") from error
+    files = {}
+    for one in _members(manifest):
+        found = known.get(one.digest) or _cached(one, store) or _unpacked(one, dist, tools, store)
+        if found is not None:
+            files[one.digest] = found
+    return ReleaseFiles(content, manifest, files)
+
+
+def _unpacked(member: _Member, dist: Path, tools: ToolBox, store: Store) -> Path | None:
+    """The file out of an ISO in `dist`; the manifests beside them tell which has it, so that no other is opened.
+
+    None where there is none, or it is damaged.
+    """
+    inputs = {"digest": member.digest}
+    if store.has("release-files", inputs):
+        return store.place("release-files", inputs) / member.name
+    for beside in sorted(dist.glob("*" + _SUFFIX)):
+        iso = beside.with_name(beside.name.removesuffix(_SUFFIX) + ".iso")
+        if not iso.is_file():
+            continue
+        with suppress(OSError, ReleaseError, ApplianceError):
+            places = {one.digest: one for one in _members(parse(beside.read_bytes()))}
+            if member.digest in places:
+                build = _Unpack(iso, places[member.digest], tools)
+                return store.step("release-files", inputs, build) / places[member.digest].name
+    return None
+
+
 def _version_of(path: Path) -> str:
     try:
         return str(json.loads(path.read_bytes())["version"])
@@ -67,10 +106,10 @@ def _from_iso(iso: Path, content: bytes, tools: ToolBox, store: Store) -> Releas
         raise ApplianceError(f"{iso.stem}: {error}", hint="build the release again") from error
     files = {}
     for one in _members(manifest):
-        cached = _cached(one, store)
-        if cached is None:
-            cached = store.step("release-files", {"digest": one.digest}, _Unpack(iso, one, tools)) / one.name
-        files[one.digest] = cached
+        files[one.digest] = (
+            _cached(one, store)
+            or store.step("release-files", {"digest": one.digest}, _Unpack(iso, one, tools)) / one.name
+        )
     return ReleaseFiles(content, manifest, files)
 
 

@@ -11,6 +11,7 @@ import pytest
 from appliance import bundle as making
 from appliance import channel, releases, signing
 from appliance.errors import ApplianceError, HostError, UnknownName
+from appliance.node import bundle as format_
 from appliance.node.channel import INDEX_NAME, check_index, parse_index, plan
 from appliance.node.keys import PUBLIC, load_trust, parse_key
 from appliance.store import Store
@@ -179,3 +180,55 @@ def test_a_release_whose_files_are_gone_says_what_helps(maker: Maker, tmp_path: 
         image.unlink()
     with pytest.raises(ApplianceError, match="give the release's ISO"):
         releases.find("1.0", dist, NoTools(), store)
+
+
+class Unpacker:
+    """Tools that give the content of a layer's squashfs: the file that is packed."""
+
+    root = Path("/nonexistent")
+
+    def __init__(self, name: str, content: bytes) -> None:
+        self.name, self.content = name, content
+
+    def run(self, program: str, *args: str | Path, **_options: Any) -> Any:
+        assert program == "unsquashfs"
+        folder = Path(args[args.index("-dest") + 1])
+        folder.mkdir()
+        (folder / self.name).write_bytes(self.content)
+
+
+def test_a_running_release_is_found_by_its_manifest(
+    maker: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, dist = Store(tmp_path / "cache", tmp_path), tmp_path / "dist"
+    running, tree = maker.release("1.0"), maker.release("1.1", nginx=b"two")
+    keep(running, tmp_path / "elsewhere", store)
+    known = {layer.digest: tree.files[layer.digest] for layer in tree.manifest.layers}
+    found = releases.held(running.content, known, dist, NoTools(), store)
+    assert (found.content, found.manifest) == (running.content, running.manifest)
+    assert {name: path.read_bytes() for name, path in found.files.items()} == {
+        name: running.files[name].read_bytes() for name in format_.files_of(running.manifest)
+    }
+    config = running.manifest.layers[-1].digest
+    assert found.files[config].is_relative_to(store.root)
+    # once the cache has lost it, only an ISO has it
+    found.files[config].unlink()
+    assert config not in releases.held(running.content, known, dist, NoTools(), store).files
+    name = "samepage-appliance-1.0-amd64"
+    dist.mkdir()
+    (dist / f"{name}.manifest.json").write_bytes(running.content)
+    assert config not in releases.held(running.content, known, dist, NoTools(), store).files
+    (dist / f"{name}.iso").write_bytes(b"")
+    monkeypatch.setattr(releases, "_take", lambda _iso, _place, target: target.write_bytes(b"packed"))
+    damaged = Unpacker(f"config-{config}.erofs", b"other content")
+    assert config not in releases.held(running.content, known, dist, damaged, store).files
+    good = Unpacker(f"config-{config}.erofs", running.files[config].read_bytes())
+    for tools in (good, NoTools()):  # the second time it is in the cache
+        found = releases.held(running.content, known, dist, tools, store)
+        assert found.files[config].read_bytes() == running.files[config].read_bytes()
+
+
+def test_a_record_that_cannot_be_read_says_what_helps(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache", tmp_path)
+    with pytest.raises(ApplianceError, match="a node's release: the manifest is not JSON"):
+        releases.held(b"", {}, tmp_path, NoTools(), store)
