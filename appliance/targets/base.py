@@ -25,6 +25,8 @@ RECORD = "node.json"
 REQUEST_FILE = "request.json"
 HOPELESS = (b"Freezing execution", b"Kernel panic", b"The appliance cannot start")
 HEALTH_FILE = "/run/samepage/health.json"
+RELEASE_FILE = "/run/samepage/release.json"
+UPGRADE_KEY = "samepage.upgrade-key"  # the credential: a public key whose bundles the node takes
 
 State = Literal["running", "stopped", "absent"]
 Kind = Literal["iso", "usb", "disk", "install", "layers"]
@@ -106,6 +108,9 @@ class Target(ABC):
         from appliance.run import run
 
         return run(self.command(instance, words), input=input, timeout=timeout, check=False)
+
+    def hang_up(self, instance: Instance) -> None:  # noqa: B027 - most targets have nothing to do
+        """Give up a connection that commands share, which may not notice that the node started anew."""
 
     def console(self, instance: Instance) -> str:
         """What the node wrote to its console since it was started."""
@@ -228,6 +233,18 @@ def bring_down(instance: Instance) -> None:
             parent.rmdir()
         except OSError:
             break
+
+
+def read_release(target: Target, instance: Instance) -> bytes:
+    """The manifest of the release that the node runs. Raises NodeError."""
+    done = target.execute(instance, ["cat", RELEASE_FILE], timeout=60)
+    if done.returncode == 0:
+        return done.stdout
+    raise NodeError(
+        f"the node {instance.name!r} does not say which release it runs\n"
+        + _indent(done.stderr.decode(errors="replace").strip()),
+        hint="look at it with: ./build.py status, and ./build.py logs --console",
+    )
 
 
 # --- health ------------------------------------------------------------------------------------------------------

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from appliance.cli import Session, pass_session, verb
+from appliance.errors import ApplianceError
 from appliance.steps import STEPS_FILE, record_step
 from appliance.targets import base
 
@@ -75,6 +76,7 @@ def up(session: Session, /, **given: Any) -> None:
     if wanted.target_name == "docker" and (wanted.installed or wanted.image):
         raise click.UsageError("--installed and --image belong to --target qemu")
     request = make_request(session, wanted)
+    request = replace(request, credentials={**trusted_key(session), **request.credentials})
     target = base.target_of(wanted.target_name)
     started = time.time()
     with session.console.stage(f"{'install and start' if wanted.installed else 'start'} {wanted.name}"):
@@ -137,6 +139,17 @@ def make_request(session: Session, wanted: Wanted) -> base.Request:
     )
 
 
+def trusted_key(session: Session) -> dict[str, bytes]:
+    """The credential that makes a node take what this user pushes; none, with a warning, where the key is unusable."""
+    from appliance import signing
+
+    try:
+        return {base.UPGRADE_KEY: signing.public_line(signing.ensure(session.console.note))}
+    except ApplianceError as error:
+        session.console.warn(f"{error.message}; the node will not know your key")
+        return {}
+
+
 def await_health(session: Session, target: base.Target, instance: base.Instance, timeout: float, started: float) -> Any:
     """Wait with progress and keep the time of the boot for the test report."""
     with (
@@ -179,7 +192,7 @@ def record(instance: base.Instance) -> dict[str, Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print the nodes as JSON.")
 @pass_session
 def status(session: Session, as_json: bool) -> int:
-    """Show the nodes of this checkout and their health; exit status 1 when one is not healthy."""
+    """Show the nodes of this checkout, what they run and their health; exit status 1 when one is not healthy."""
     nodes = [look(instance) for instance in base.instances(session.project)]
     if as_json:
         session.console.result_json(nodes)
@@ -188,31 +201,38 @@ def status(session: Session, as_json: bool) -> int:
     else:
         from appliance.verbs.model import table
 
-        rows = [("node", "target", "state", "health", "URL")]
-        rows += [(node["name"], node["target"], node["state"], node["summary"], node["url"]) for node in nodes]
+        rows: list[tuple[str, ...]] = [("node", "target", "release", "state", "health", "URL")]
+        columns = ("name", "target", "release", "state", "summary", "url")
+        rows += [tuple(node[column] or "-" for column in columns) for node in nodes]
         for line in table(rows):
             session.console.result(line.removeprefix("  "))
     return 1 if any(node["summary"] != "healthy" for node in nodes) else 0
 
 
 def look(instance: base.Instance) -> dict[str, Any]:
-    """One node with its state and the health it reports now."""
+    """One node with its state, and the release it runs and the health it reports now."""
     target = base.target_of(instance.target)
     state = target.state(instance)
     health: dict[str, Any] = {}
-    summary = "-"
+    summary, release = "-", ""
     if state == "running":
         summary = "starting"
-        done = (
-            target.execute(instance, ["/opt/samepage/bin/samepage-health", "--json"])
-            if target.reachable(instance)
-            else None
-        )
-        if done and done.stdout.strip():
-            health = json.loads(done.stdout)
-            bad = [name for name, entry in sorted(health.get("recipes", {}).items()) if not entry["healthy"]]
-            summary = "healthy" if health.get("healthy") else f"not healthy: {', '.join(bad)}"
-    return record(instance) | {"state": state, "summary": summary, "health": health}
+        if target.reachable(instance):
+            done = target.execute(instance, ["/opt/samepage/bin/samepage-health", "--json"])
+            if done.stdout.strip():
+                health = json.loads(done.stdout)
+                bad = [name for name, entry in sorted(health.get("recipes", {}).items()) if not entry["healthy"]]
+                summary = "healthy" if health.get("healthy") else f"not healthy: {', '.join(bad)}"
+            release = running_version(target, instance)
+    return record(instance) | {"release": release, "state": state, "summary": summary, "health": health}
+
+
+def running_version(target: base.Target, instance: base.Instance) -> str:
+    """The version of the release that the node runs; empty where it cannot tell."""
+    try:
+        return str(json.loads(base.read_release(target, instance))["version"])
+    except (base.NodeError, ValueError, KeyError, TypeError):
+        return ""
 
 
 @verb("ssh", "ssh -- journalctl -b -u nginx", context_settings={"ignore_unknown_options": True})
