@@ -60,7 +60,8 @@ class Verbs(click.Group):
     home: dict[str, str] = {  # noqa: RUF012 - never changed
         "check": "model", "render": "model", "lock": "build", "iso": "build", "disk": "build", "sbom": "build",
         "bundle": "upgrades", "channel": "upgrades", "key": "upgrades",
-        "up": "nodes", "status": "nodes", "ssh": "nodes", "logs": "nodes", "verify": "nodes", "down": "nodes",
+        "up": "nodes", "status": "nodes", "push": "push", "ssh": "nodes", "logs": "nodes", "verify": "nodes",
+        "down": "nodes",
         "doctor": "host", "clean": "host", "completion": "host", "test": "host", "bench": "host",
     }  # fmt: skip
 
