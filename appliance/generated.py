@@ -12,6 +12,10 @@ from appliance.endpoints import needed_recipes
 from appliance.model import Model, Node, Probe, Recipe, RenderedFile, Unit
 
 UNITS = "/etc/systemd/system/"
+_GATE = """# The front door of a release that is tried opens once it is found good.
+[Unit]
+After=samepage-upgrade-gate.service
+"""
 _USUAL_TARGET = {
     "timer": "timers.target",
     "socket": "sockets.target",
@@ -43,6 +47,8 @@ def generated_files(
         for unit in recipe.units:
             if unit.enable:
                 yield from _enabling_links(recipe, unit, rendered)
+            if unit.hold:
+                yield _file(f"{UNITS}{unit.name}.d/samepage-gate.conf", _GATE, recipe.name, model)
         for name in recipe.mask:
             yield _link(UNITS + name, "/dev/null", recipe)
 
@@ -73,10 +79,12 @@ def _node(model: Model, node: Node, files: Iterable[RenderedFile]) -> dict[str, 
                 "own": unit.own,
                 "enable": unit.enable,
                 "files": _watched(unit, paths[recipe.name]),
+                **({"hold": list(unit.hold)} if unit.hold else {}),
             }
             for recipe in node.recipes
             for unit in recipe.units
         },
+        "data": sorted(recipe.name for recipe in node.recipes if any(one.kind == "data" for one in recipe.state)),
         "schema_level": max((recipe.schema_level for recipe in model.recipes), default=0),
     }
 

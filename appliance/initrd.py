@@ -34,7 +34,7 @@ WANTED_MODULES = (
     "loop", "crc32c_intel", "sd_mod", "sr_mod", "ata_piix", "ata_generic", "ahci", "nvme", "virtio_pci", "virtio_blk",
     "virtio_scsi", "vmw_pvscsi", "mptspi", "mptsas", "buslogic", "sym53c8xx", "megaraid_sas", "hv_vmbus", "hv_storvsc",
     "xhci_pci", "ehci_pci", "ohci_pci", "uhci_hcd", "usb_storage", "uas",
-    "usbhid", "hid_generic", "hid_hyperv", "hyperv_keyboard",
+    "usbhid", "hid_generic", "hid_hyperv", "hyperv_keyboard", "softdog",
 )  # fmt: skip
 
 

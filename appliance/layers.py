@@ -23,7 +23,6 @@ from appliance.store import Store, digest_of_files
 from appliance.tools import Tools
 
 APP_ROOT = "/opt/samepage"
-NODE_PACKAGE = Path(__file__).parent / "node"
 _UUIDS = uuid.UUID("3f6f1f1a-0f0c-4f2e-9b77-5a2d1c9e4b10")
 _FAST, _STRONG = 3, 19  # zstd levels
 _CODE = digest_of_files({"layers.py": Path(__file__)})  # other code may make other bytes
@@ -52,17 +51,12 @@ def build_app(
 ) -> Layer:
     """The layer of the product's and the platform's own code, mounted at /opt/samepage; the same for all nodes that run
     the same recipes. Python files are compiled for the node's Python. Raises CommandError when one does not compile."""
-    node = {
-        f"lib/appliance/node/{file.relative_to(NODE_PACKAGE)}": file.read_bytes()
-        for file in sorted(NODE_PACKAGE.rglob("*.py"))
-    }
     inputs = _inputs(
         tools, lock, files=_digest_of_rendered(tree.app), wheels=json.dumps(sorted(wheel.sha256 for wheel in wheels))
     )
-    inputs["node tools"] = hashlib.sha256(repr(sorted(node.items())).encode()).hexdigest()
 
     def build(out: Path) -> None:
-        files = {"lib/appliance/__init__.py": b"", **node}
+        files: dict[str, bytes] = {}
         for sha256, wheel in sorted(fetch_wheels(wheels).items() if wheels else ()):
             files.update(_unpack_wheel(wheel, sha256))
         entries = [_plain(path, content, lock.epoch) for path, content in files.items()]

@@ -77,6 +77,7 @@ class Unit:
     place: Place
     wanted_by: str = ""  # the target that starts it; empty: by [Install] of an own unit, else by its kind
     watch: tuple[str, ...] = ()  # path prefixes whose change matters to it; empty: every file of the recipe
+    hold: tuple[str, ...] = ()  # the front door: names of the signals that make clients wait, and that end it
 
 
 @dataclass(frozen=True, slots=True)

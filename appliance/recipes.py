@@ -39,6 +39,7 @@ _PATH = r"(/[A-Za-z0-9@:._+-]+)+"
 _FILE = r"(?!.*\.\.)[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)*"
 _GLOB = r"(/[A-Za-z0-9@:._+*?\[\]-]+)+/?"
 _UNIT = r"[A-Za-z0-9@:._\\-]+\.(service|socket|target|timer|path|mount|automount|slice|swap)"
+_SIGNAL = r"HUP|INT|QUIT|TERM|USR1|USR2|WINCH|CONT|TSTP"
 _MODULE = r"(?!.*\.\.)[A-Za-z0-9_-]+(/[A-Za-z0-9_.-]+)*"
 _PROBE_KINDS: tuple[ProbeKind, ...] = ("unit", "http", "tcp", "unix", "command")
 _UNIT_FOLDER = "/etc/systemd/system/"
@@ -172,6 +173,7 @@ def _units(fields: Fields, sources: tuple[Source, ...]) -> Iterator[Unit]:
             place=unit.place,
             wanted_by=unit.text("wanted_by", "", pattern=_UNIT, what="the name of a unit"),
             watch=tuple(path.data for path in watch),
+            hold=_hold(unit),
         )
     for source in sources:
         folder, name = posixpath.split(source.target)
@@ -187,6 +189,13 @@ def _units(fields: Fields, sources: tuple[Source, ...]) -> Iterator[Unit]:
                 f"the unit {name} is not declared",
                 f"add it to units in {fields.place.file}",
             )
+
+
+def _hold(unit: Fields) -> tuple[str, ...]:
+    signals = tuple(name.data for name in unit.texts("hold", _SIGNAL, "the name of a signal without SIG, such as WINCH"))
+    if len(signals) not in (0, 2):
+        unit.fault("hold", "two signals are needed: one that makes clients wait, and one that ends it")
+    return signals
 
 
 def _state(fields: Fields) -> Iterator[StateDir]:

@@ -10,6 +10,7 @@
 #   samepage.after=reboot|poweroff   what follows a finished installation
 #   samepage.onfail=wait|poweroff    what follows a failed one (default: the message stays until somebody presses Enter)
 #   samepage.wait=SECONDS            how long the medium or the disk may take to appear (default 60)
+#   samepage.trial=SECONDS           a release that is tried: the machine restarts unless it is found good in that time
 #   samepage.debug                   trace this script, and give a shell where it fails
 
 mount -t proc proc /proc
@@ -19,7 +20,7 @@ mount -t tmpfs -o mode=0755,nosuid,nodev,size=20%,nr_inodes=800k tmpfs /run
 mkdir -p /run/samepage/config /run/samepage/packed /run/credentials/@initrd
 chmod 0700 /run/credentials /run/credentials/@initrd
 
-mode='' release='' state='' data=1 install='' after=reboot onfail=wait wait=60 debug=''
+mode='' release='' state='' data=1 install='' after=reboot onfail=wait wait=60 trial='' debug=''
 read -r cmdline </proc/cmdline
 for word in $cmdline; do
     value=${word#*=}
@@ -32,6 +33,7 @@ for word in $cmdline; do
         samepage.after=*) after=$value ;;
         samepage.onfail=*) onfail=$value ;;
         samepage.wait=*) wait=$value ;;
+        samepage.trial=*) trial=$value ;;
         samepage.debug) debug=yes; set -x ;;
     esac
 done
@@ -158,6 +160,17 @@ make_machine_id() {
     mv $folder/machine-id.new $folder/machine-id
 }
 
+begin_trial() { # begin_trial SECONDS: whoever finds the release good switches the watchdog off
+    local dog
+    echo "$1" >/run/samepage/trial
+    modprobe softdog soft_margin="$1" nowayout=0
+    for dog in /sys/class/watchdog/*; do
+        if [ "$(cat "$dog/identity")" = 'Software Watchdog' ]; then
+            echo . >"/dev/${dog##*/}"
+        fi
+    done
+}
+
 # Where the layers are. Drivers of devices load beside the ones that every boot needs.
 case $mode in
     live)
@@ -183,6 +196,7 @@ case $mode in
         ;;
 esac
 note "$mode release $release from $device"
+[ -n "$trial" ] && begin_trial "$trial"
 source=$device
 take_credentials /mnt/identity/credentials
 read_config_drive

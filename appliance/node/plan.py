@@ -35,7 +35,7 @@ def touched_units(old: Mapping[str, Any], new: Mapping[str, Any], changed: Colle
     found: dict[str, Action] = dict.fromkeys(before.keys() - after.keys(), "stop")
     for name, unit in after.items():
         if name not in before:
-            found[name] = "start"
+            found[name] = "start" if unit.get("enable", True) else "none"
             continue
         own = (UNITS + name, UNITS + name + ".d/")
         if any(path == own[0] or path.startswith(own[1]) for path in changed):

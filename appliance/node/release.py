@@ -218,8 +218,12 @@ def parse_layers(content: bytes) -> Mapping[str, str]:
     return found
 
 
-def boot_record(manifest: Manifest, data: int) -> bytes:
-    """What GRUB reads to boot the release with data subvolume `data`: selected.cfg, previous.cfg or try.cfg."""
+def boot_record(manifest: Manifest, data: int, name: str = "", more: str = "") -> bytes:
+    """What GRUB reads to boot the release with data subvolume `data`: selected.cfg, previous.cfg or try.cfg.
+
+    `name` is the release's folder where that is not its version; `more` is added to the kernel's command line.
+    """
     kernel = manifest.kernel
-    values = {"release": manifest.version, "kernel": kernel.id, "data": str(data), "options": kernel.cmdline}
+    options = f"{kernel.cmdline} {more}".strip()
+    values = {"release": name or manifest.version, "kernel": kernel.id, "data": str(data), "options": options}
     return "".join(f"set {name}='{value}'\n" for name, value in values.items()).encode()

@@ -1,0 +1,131 @@
+"""From a bundle's path, address or a channel to a staged release. Part of the node's own code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from appliance.node import channel
+from appliance.node.bundle import check_fit, open_bundle, read_info
+from appliance.node.keys import Trust
+from appliance.node.plan import classify
+from appliance.node.refusals import NoWay
+from appliance.node.release import Manifest, parse
+from appliance.node.upgrade import fetch
+from appliance.node.upgrade.node import COUNTER, INCOMING, Node
+from appliance.node.upgrade.records import Held
+from appliance.node.upgrade.staging import stage
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Bundles, in order, that lead to a release; `goal` is the sha256 of its manifest, `keys` are trusted for it."""
+
+    files: tuple[str, ...]
+    goal: str
+    keys: Trust
+
+
+def held_manifests(node: Node) -> dict[str, str]:
+    """Version by digest of every release here, the running one first."""
+    first = {node.running.digest: node.running.manifest.version}
+    return first | {one.digest: one.manifest.version for one in node.held.values()}
+
+
+def newest(node: Node, keys: Trust) -> channel.Index:
+    """The index of the node's channel. Raises a Refusal or FetchError."""
+    url = node.settings.channel
+    if not url:
+        raise NoWay("no channel is set", hint="name a bundle, or set node-tools' setting `channel` in the layout")
+    manifest = node.running.manifest
+    os.makedirs(os.path.dirname(COUNTER), exist_ok=True)
+    index = fetch.fetch_index(url, keys, COUNTER, manifest.layout, manifest.architecture, time.time())
+    fetch.remember(COUNTER, index)
+    return index
+
+
+def chain(node: Node, source: str, keys: Trust, report: Report, *, allow_downgrade: bool) -> Chain:
+    """Fetch what leads to the release that `source` names, or to the channel's newest one.
+
+    Raises a Refusal, FetchError or OSError.
+    """
+    if source:
+        path = source if os.path.exists(source) else _fetched(source, report)
+        return Chain((path,), read_info(path, keys).manifest, keys)
+    index = newest(node, keys)
+    held = list(held_manifests(node))
+    entries = channel.plan(index, node.running.manifest.version, held, allow_downgrade=allow_downgrade)
+    files = []
+    for entry in entries:
+        target = os.path.join(INCOMING, entry.file)
+        os.makedirs(INCOMING, exist_ok=True)
+        url = fetch.bundle_url(node.settings.channel, entry)
+        fetch.fetch(url, target, size=entry.size, sha256=entry.sha256, progress=_to(report, "fetch"))
+        files.append(target)
+    return Chain(tuple(files), index.newest.manifest, keys.revoking(index.revoked))
+
+
+def _to(report: Report, state: str) -> Callable[[int, int], None]:
+    return lambda done, total: report(state, done, total)
+
+
+def _fetched(url: str, report: Report) -> str:
+    os.makedirs(INCOMING, exist_ok=True)
+    name = hashlib.sha256(url.encode()).hexdigest()[:16] + ".bundle"
+    target = os.path.join(INCOMING, name)
+    fetch.fetch(url, target, progress=_to(report, "fetch"))
+    return target
+
+
+def stage_all(node: Node, wanted: Chain, report: Report, *, allow_downgrade: bool) -> Held | None:
+    """Stage the releases of a chain, one from the other; the last one, or None where it runs already."""
+    made: Held | None = None
+    held = dict(node.held)
+    for file in wanted.files:
+        with open_bundle(file, wanted.keys, _to(report, "verify")) as bundle:
+            versions = {one.digest: one.manifest.version for one in held.values()}
+            check_fit(bundle.info, node.running.manifest, versions, allow_downgrade=allow_downgrade)
+            if bundle.info.manifest == node.running.digest:
+                continue
+            made = stage(node.root, bundle, node.name, held, _to(report, "stage")).release
+            held[made.id] = made
+    return made
+
+
+def describe(node: Node, wanted: Chain, report: Report, *, allow_downgrade: bool) -> dict[str, Any]:
+    """What a chain would do, from its bundles alone; nothing is written."""
+    old: Manifest = node.running.manifest
+    held = dict(node.held)
+    parts: list[dict[str, Any]] = []
+    summary: dict[str, Any] = {}
+    new = old
+    for file in wanted.files:
+        with open_bundle(file, wanted.keys, _to(report, "verify")) as bundle:
+            info = bundle.info
+            versions = {one.digest: one.manifest.version for one in held.values()}
+            check_fit(info, old, versions, allow_downgrade=allow_downgrade)
+            before = next((one for one in held.values() if one.digest == info.from_manifest), None)
+            content = bundle.manifest(_bytes_of(node, before))
+            new = parse(content)
+            held[info.version] = Held(info.version, new, info.manifest, None)
+            parts += [
+                {"kind": part.kind, "packed": part.packed, "size": part.size} for part in info.parts_for(node.name)
+            ]
+            summary = dict(info.summary)
+    return {
+        "status": 0, "outcome": "planned", "reason": "", "message": "", "hint": "", "from": node.running.id,
+        "to": new.version, "class": classify(old, new, node.name), "parts": parts,
+        "units": {unit: what for unit, what in summary.get("units", {}).get(node.name, {}).items() if what != "none"},
+        "packages": summary.get("packages", {}), "migrations": summary.get("migrations", []),
+    }  # fmt: skip
+
+
+def _bytes_of(node: Node, held: Held | None) -> bytes | None:
+    return node.manifest_bytes(held) if held is not None else None
+

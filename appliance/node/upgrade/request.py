@@ -1,0 +1,48 @@
+"""What the command line hands to samepage-upgrade.service, and how runs end. Part of the node's own code.
+
+Nothing here imports much: on an emulated CPU the command line's own start is a noticeable part of a small upgrade.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+FOLDER = "/run/samepage/upgrade"
+REQUEST, EVENTS, LOCK = f"{FOLDER}/request.json", f"{FOLDER}/events.jsonl", f"{FOLDER}/lock"
+UNIT = "samepage-upgrade.service"
+STATES = ("stage", "plan", "hold", "snapshot", "switch", "migrate", "health", "commit", "open")
+APPLY = ("auto", "live", "soft-reboot", "reboot")
+COMMITTED, FAILED, NOTHING, REFUSED, RESTART, ROLLED_BACK, LOCKED, USAGE = 0, 1, 2, 3, 4, 5, 6, 64
+STATUSES = {
+    "committed": COMMITTED, "stopped": COMMITTED, "planned": COMMITTED, "downloaded": COMMITTED, "failed": FAILED,
+    "nothing": NOTHING, "refused": REFUSED, "staged": RESTART, "restarting": RESTART, "rolled-back": ROLLED_BACK,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the command line asked for. `source`: a path, an address, or empty for the channel."""
+
+    verb: str = "install"  # install, commit, rollback
+    source: str = ""
+    to: str = ""  # rollback: a release's id; empty for the previous one
+    data: str = "restore"  # rollback: restore or keep
+    apply: str = "auto"
+    stop_before: str = ""
+    download_only: bool = False
+    allow_downgrade: bool = False
+    retry: bool = False
+
+
+def dump_request(request: Request) -> bytes:
+    return json.dumps(asdict(request)).encode()
+
+
+def parse_request(content: bytes) -> Request:
+    """Raises ValueError for what is none."""
+    value: Any = json.loads(content)
+    if not isinstance(value, dict) or not value.keys() <= {one.name for one in fields(Request)}:
+        raise ValueError("the request is not one")
+    return Request(**value)

@@ -1,0 +1,120 @@
+"""What happens to an unfinished upgrade after a restart, or after its process was ended. Part of the node's own code.
+
+A restart finds the new release (a trial: it is judged, then committed or left), or the old one (whatever happened, it
+is what a power-on boots, so the rest is forgotten). An ended process is undone, or finished where it had committed.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from appliance.node.upgrade import engine, journal, mounts, records, services, trial
+from appliance.node.upgrade.engine import Job, Outcome, Report
+from appliance.node.upgrade.journal import Journal, JournalError
+from appliance.node.upgrade.node import Node, look
+from appliance.node.upgrade.request import STATES
+
+_FORCED = frozenset({"/etc/systemd/system/"})  # stands for paths that nobody remembers
+BROKEN_OFF = "the upgrade's process was ended"
+_SILENT = {
+    "reboot": "the release did not become healthy in its time, or its kernel stopped: the machine restarted by itself",
+    "soft-reboot": "the release did not become healthy in its time: the machine restarted by itself",
+    "live": "the machine was restarted, or lost its power, in mid-upgrade",
+}
+
+
+def job_of(node: Node, begun: Journal, report: Report, *, in_boot: bool = False) -> Job:
+    """The unfinished upgrade. Raises JournalError where a release that it names is gone."""
+    try:
+        old, new = node.held[begun.old], node.held[begun.new]
+    except KeyError as error:
+        raise JournalError(f"the journal names release {error}, which is not here") from error
+    return Job(node, old, new, begun, report, changed=_FORCED, in_boot=in_boot)
+
+
+def after_boot(report: Report) -> Outcome | None:
+    """Finish or forget what the restart interrupted. Returns None where nothing was unfinished.
+
+    The front door's units wait until this says READY=1 to the service manager.
+    """
+    try:
+        node = look()
+        begun = journal.read(node.root)
+        if begun is None:
+            return None
+        job = job_of(node, begun, report, in_boot=True)
+    except JournalError as error:
+        set_aside(str(error))
+        return None
+    runs = (node.running.id, node.data)
+    if runs == (begun.new, begun.new_data) and not begun.failed:
+        if begun.opened:
+            services.notify("READY=1")
+            return engine.finish(job)
+        return engine.run(job, "migrate" if not begun.committed else "health")
+    return _old_runs(job, runs)
+
+
+def _old_runs(job: Job, runs: tuple[str, int]) -> Outcome:
+    """The trial is over, or never began: keep what runs, and remember why."""
+    begun, root = job.journal, job.root
+    services.notify("READY=1")
+    trial.end()
+    if runs == (begun.old, begun.old_data) or runs == (begun.old, begun.running_data):
+        records.put(root, {records.TRY: None, **records.select(job.old, runs[1])})
+        if not begun.opened:
+            engine.remove_new_data(job, runs[1])
+    else:  # GRUB found neither of the two in order and took the one before
+        records.put(root, records.select(job.node.running, job.node.data))
+    tried = begun.failed or STATES.index(begun.state) >= STATES.index("switch")
+    message = begun.message or _SILENT[begun.depth if begun.depth in _SILENT else "reboot"]
+    job.journal = replace(begun, failed=True, reason=begun.reason or begun.state, message=message)
+    outcome = "rolled-back" if tried else "failed"
+    engine.remember(job, outcome)
+    return Outcome(outcome, job.journal, job.journal.reason, message)
+
+
+def after_end(report: Report) -> Outcome | None:
+    """Undo, or finish, what an ended process left in this boot. Returns None where nothing is to be done."""
+    if restarting():
+        return None
+    try:
+        node = look()
+        begun = journal.read(node.root)
+        if begun is None or begun.stopped:
+            return None
+        job = job_of(node, begun, report)
+    except JournalError as error:
+        set_aside(str(error))
+        return None
+    if begun.state in ("stage", "plan"):
+        journal.remove(node.root)
+        return None
+    if begun.failed:
+        return engine.undo(job, begun.reason or begun.state, begun.message)
+    choice = records.choose(node.root)
+    if choice is not None and (choice.release, choice.data) == (begun.new, begun.new_data):
+        return engine.run(job, "open")
+    state = "health" if begun.state in ("commit", "open") else begun.state
+    return engine.undo(job, state, BROKEN_OFF)
+
+
+def restarting() -> bool:
+    """Whether the system is on its way down, so that the next boot decides."""
+    try:
+        return services.systemctl("is-system-running").strip() == "stopping"
+    except services.ServiceError as error:
+        return "stopping" in str(error)
+
+
+def set_aside(reason: str) -> None:
+    """A journal that cannot be used: what runs stays what a power-on boots."""
+    node = look()
+    path = os.path.join(node.root, journal.JOURNAL)
+    os.replace(path, path + ".bad")
+    records.put(node.root, records.select(node.running, node.data))
+    services.notify("READY=1")
+    trial.end()
+    mounts.drop_next_root()
+    journal.add_history(node.root, {"outcome": "failed", "reason": reason, "action": "upgrade"})

@@ -1,0 +1,307 @@
+"""Carries out one request: fetch, stage, plan, run. Part of the node's own code.
+
+It runs as samepage-upgrade.service, so that neither a lost connection nor an impatient user ends it in the middle. The
+request comes in a file, what happens goes out as lines of JSON to another.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from appliance.node.refusals import Busy, Refusal
+from appliance.node.upgrade import engine, journal, records, resume, services
+from appliance.node.upgrade.engine import Job, Outcome
+from appliance.node.upgrade.node import INCOMING, Node, look, trust
+from appliance.node.upgrade.request import (
+    EVENTS,
+    FAILED,
+    FOLDER,
+    LOCK,
+    LOCKED,
+    REQUEST,
+    STATUSES,
+    Request,
+    parse_request,
+)  # fmt: skip
+from appliance.node.upgrade.services import ServiceError
+from appliance.node.upgrade.web import FetchError
+
+
+class Unfinished(Refusal):
+    reason = "unfinished"
+    hint = "say samepage-upgrade-node commit to go on with it, or rollback to undo it"
+
+
+class Cancelled(Exception):
+    """Somebody wants it no more, and nothing has happened yet."""
+
+
+@dataclass(slots=True)
+class Reporter:
+    """Writes events, and notices that somebody wants to cancel."""
+
+    write: Callable[[Mapping[str, Any]], None]
+    cancelled: bool = False
+    _last: tuple[str, int, float] = field(default=("", 0, 0.0))
+
+    def __call__(self, state: str, done: int, total: int) -> None:
+        """Raises Cancelled where that was asked for and nothing has happened yet."""
+        if self.cancelled and state in ("fetch", "stage", "plan", "verify"):
+            raise Cancelled
+        then, percent, when = self._last
+        now, share = time.monotonic(), done * 100 // total if total else 0
+        if state != then or (share != percent and (now - when > 0.2 or done == total)):
+            self._last = (state, share, now)
+            self.write({"state": state, "done": done, "total": total})
+
+    def to(self, state: str) -> Callable[[int, int], None]:
+        return lambda done, total: self(state, done, total)
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def lock() -> Iterator[None]:
+    """One upgrade at a time. Raises Busy."""
+    os.makedirs(FOLDER, mode=0o700, exist_ok=True)
+    descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy("another upgrade is running") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def main(mode: str) -> int:
+    """`work`, `gate` or `recover`: see the units. Returns the exit status, 0 for every ending that is one."""
+    return {"work": work, "gate": gate, "recover": recover}[mode]()
+
+
+def gate() -> int:
+    """After a restart: judge the release, or finish what the restart interrupted."""
+    outcome = resume.after_boot(_log)
+    if outcome is not None:
+        print(f"upgrade from {outcome.journal.old} to {outcome.journal.new}: {outcome.name} {outcome.message}".strip())
+    if outcome is not None and outcome.name in ("committed", "rolled-back", "failed"):
+        _clean()
+    services.notify("READY=1")
+    return 0
+
+
+def recover() -> int:
+    """After the death of the process that upgraded."""
+    with lock():
+        outcome = resume.after_end(_log)
+    end = {"status": FAILED, "outcome": "failed", "reason": "died", "message": resume.BROKEN_OFF}
+    if outcome is not None:
+        end |= {"status": STATUSES[outcome.name], "outcome": outcome.name}
+    with open(EVENTS, "ab", buffering=0) as out:
+        out.write(json.dumps({"state": "end", **end}).encode() + b"\n")
+    return 0
+
+
+def _log(state: str, _done: int, _total: int) -> None:
+    print(state, flush=True)
+
+
+def _clean() -> None:
+    from appliance.node.upgrade import cleaning
+
+    with suppress(Refusal, OSError, ServiceError, journal.JournalError):
+        cleaning.clean(look(), _log)
+
+
+def work() -> int:
+    """Read the request, carry it out and write how it ended."""
+    with open(EVENTS, "ab", buffering=0) as out:
+
+        def write(event: Mapping[str, Any]) -> None:
+            out.write(json.dumps(event).encode() + b"\n")
+
+        reporter = Reporter(write)
+
+        def cancel(_number: int, _frame: object) -> None:
+            reporter.cancelled = True
+
+        signal.signal(signal.SIGINT, cancel)
+        started = time.monotonic()
+        end = answer(reporter)
+        write({"state": "end", "seconds": round(time.monotonic() - started, 2), **end})
+    return 0
+
+
+def answer(reporter: Reporter) -> dict[str, Any]:
+    """Carry the request out; how it ended, as the command line shows it."""
+    try:
+        with lock():
+            request = parse_request(records.read_small(REQUEST, 1 << 20) or b"")
+            return carry_out(request, reporter)
+    except Refusal as refusal:
+        return {
+            "status": refusal.status, "outcome": "locked" if refusal.status == LOCKED else "refused",
+            "reason": refusal.reason, "message": refusal.message, "hint": refusal.hint,
+        }  # fmt: skip
+    except Cancelled:
+        return {"status": FAILED, "outcome": "failed", "reason": "cancelled", "message": "cancelled: nothing changed"}
+    except (OSError, ValueError, FetchError, engine.Failed, ServiceError) as error:
+        reason = str(getattr(error, "reason", "failed"))
+        hint = str(getattr(error, "hint", ""))
+        return {"status": FAILED, "outcome": "failed", "reason": reason, "message": str(error), "hint": hint}
+
+
+def carry_out(request: Request, reporter: Reporter) -> dict[str, Any]:
+    """One request, from the locks on. Raises a Refusal, Cancelled, OSError."""
+    node = look()
+    begun = journal.read(node.root)
+    if begun is not None and not begun.stopped:
+        resume.after_end(reporter)
+        node, begun = look(), None
+    if request.verb == "commit":
+        return _continue(node, begun, reporter, request)
+    if request.verb == "rollback":
+        return _roll_back(node, begun, request, reporter)
+    if begun is not None:
+        raise Unfinished(f"an upgrade to release {begun.new} was stopped before {begun.stop_before}")
+    return _install(node, request, reporter)
+
+
+# --- install ---------------------------------------------------------------------------------------------------------
+
+
+def _install(node: Node, request: Request, reporter: Reporter) -> dict[str, Any]:
+    from appliance.node.upgrade import obtain
+
+    downgrade = request.allow_downgrade
+    chain = obtain.chain(node, request.source, trust(), reporter, allow_downgrade=downgrade)
+    if not chain.files:
+        return _result("nothing", node, message=f"release {node.running.manifest.version} is the newest")
+    before = journal.failed_before(node.root, chain.goal)
+    if before and not request.retry and not request.source:
+        message = f"release {before['to']} was tried and did not stay: {before.get('reason', '')}".strip(": ")
+        return _result("nothing", node, message=message, hint="say --retry to try it again")
+    new = obtain.stage_all(node, chain, reporter, allow_downgrade=downgrade)
+    if new is None:
+        return _result("nothing", node, message=f"release {node.running.manifest.version} runs already")
+    _clear_incoming(chain.files)
+    node = replace(node, held=records.held_releases(node.root))
+    if request.download_only:
+        return _result("downloaded", node, new=new.id, message=f"release {new.id} is on this node")
+    return _upgrade(node, new.id, request, reporter)
+
+
+def _clear_incoming(files: Sequence[str]) -> None:
+    for file in files:
+        if os.path.dirname(file) == INCOMING:
+            with suppress(OSError):
+                os.unlink(file)
+
+
+def _upgrade(node: Node, name: str, request: Request, reporter: Reporter, action: str = "upgrade") -> dict[str, Any]:
+    new = node.held[name]
+    reporter("plan", 0, 0)
+    restore = action == "rollback" and request.data == "restore"
+    planned = engine.plan(
+        node, new, action=action, apply=request.apply, data="restore" if restore else "keep",
+        stop_before=request.stop_before,
+    )  # fmt: skip
+    begun = planned.journal
+    reporter.write({"state": "planned", **_facts(node, planned.new.id, begun)})
+    if request.stop_before in ("stage", "plan"):
+        return _result("planned", node, new=name, begun=begun)
+    if request.apply in journal.CLASSES and request.apply != "nothing":
+        depth = journal.CLASSES.index
+        if depth(request.apply) < depth(planned.needs):
+            message = f"release {new.id} is on this node, and needs a {planned.needs}"
+            return _result("staged", node, new=name, begun=begun, message=message)
+    if reporter.cancelled:
+        raise Cancelled
+    job = Job(node, planned.old, planned.new, begun, reporter, planned.changed)
+    return _ended(node, engine.run(job))
+
+
+def _ended(node: Node, outcome: Outcome) -> dict[str, Any]:
+    if outcome.name == "committed":
+        _clean()
+    return _result(outcome.name, node, begun=outcome.journal, message=outcome.message, reason=outcome.reason)
+
+
+# --- commit and rollback ---------------------------------------------------------------------------------------------
+
+
+def _continue(
+    node: Node, begun: journal.Journal | None, reporter: Reporter, request: Request
+) -> dict[str, Any]:
+    """Go on with an upgrade that was stopped."""
+    if begun is None:
+        return _result("nothing", node, message="no upgrade was stopped here")
+    state = begun.stop_before
+    begun = replace(begun, stopped=False, stop_before=request.stop_before)
+    job = resume.job_of(node, begun, reporter)
+    if begun.depth == "live":
+        job.changed = engine.plan(node, job.new).changed or job.changed
+    return _ended(node, engine.run(job, state))
+
+
+def _roll_back(
+    node: Node, begun: journal.Journal | None, request: Request, reporter: Reporter
+) -> dict[str, Any]:
+    """Undo a stopped upgrade, or go back to the release before this one."""
+    if begun is not None:
+        job = resume.job_of(node, replace(begun, stopped=False), reporter)
+        return _ended(node, engine.undo(job, begun.stop_before, "it was called off"))
+    name = request.to or previous(node)
+    if not name or name not in node.held:
+        known = ", ".join(sorted(node.held.keys() - {node.running.id})) or "none"
+        raise NoSuchRelease(f"this node has no release {name or 'before this one'}; there are: {known}")
+    if name == node.running.id:
+        return _result("nothing", node, message=f"release {name} runs already")
+    if request.data == "restore" and node.held[name].data is None:
+        request = replace(request, data="keep")  # nothing was written that it could not read
+    return _upgrade(node, name, request, reporter, "rollback")
+
+
+class NoSuchRelease(Refusal):
+    reason = "no-such-release"
+    hint = "samepage-upgrade-node status shows the releases that are here"
+
+
+def previous(node: Node) -> str:
+    """The release that the last boot record before this one names; empty where there is none."""
+    record = records.read_record(node.root, records.PREVIOUS)
+    if record is not None and record.release != node.running.id and record.release in node.held:
+        return record.release
+    return ""
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def _facts(node: Node, new: str, begun: journal.Journal) -> dict[str, Any]:
+    return {
+        "from": node.running.id if begun.old == node.running.id else begun.old, "to": new, "class": begun.depth,
+        "units": {unit: what for unit, what in begun.units.items() if what != "none"},
+        "data": "kept" if begun.new_data == begun.running_data else "restored", "holds": begun.with_data,
+        "schema": [node.held[one].manifest.schema_level for one in (begun.old, new) if one in node.held],
+    }  # fmt: skip
+
+
+def _result(
+    outcome: str, node: Node, *, new: str = "", begun: journal.Journal | None = None, message: str = "",
+    reason: str = "", hint: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    facts = _facts(node, begun.new, begun) if begun else {"from": node.running.id, "to": new or node.running.id}
+    return {
+        "status": STATUSES[outcome], "outcome": outcome, "reason": reason, "message": message, "hint": hint, **facts
+    }  # fmt: skip
