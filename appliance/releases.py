@@ -54,6 +54,15 @@ def find(wanted: str, dist: Path, tools: ToolBox, store: Store) -> ReleaseFiles:
     return _from_iso(iso, content, tools, store)
 
 
+def find_all(wanted: str, goal: ReleaseFiles, dist: Path, tools: ToolBox, store: Store) -> list[ReleaseFiles]:
+    """The releases that `wanted` names: of a folder all but `goal`, perhaps none; else the one that `find` finds."""
+    path = Path(wanted)
+    if not path.is_dir():
+        return [find(wanted, dist, tools, store)]
+    manifests = [one for one in sorted(path.glob("*" + _SUFFIX)) if one.read_bytes() != goal.content]
+    return [find(str(one), dist, tools, store) for one in manifests]
+
+
 def held(content: bytes, known: Mapping[str, Path], dist: Path, tools: ToolBox, store: Store) -> ReleaseFiles:
     """The release with this manifest, with those of its files that are at hand.
 

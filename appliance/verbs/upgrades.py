@@ -24,12 +24,16 @@ key_option = click.option(
 
 
 @verb(
-    "bundle --from 2026.10.0", "bundle --from old.iso --from older.iso --to 2026.11.0", "bundle --full",
+    "bundle --from 2026.10.0", "bundle --from old.iso --from older.iso --to 2026.11.0", "bundle --from dist --full",
     "bundle show dist/samepage-2026.10.0-to-2026.11.0.bundle",
 )  # fmt: skip
 @click.argument("words", nargs=-1, metavar="[show FILE]")
 @click.option(
-    "--from", "starts", multiple=True, metavar="RELEASE", help="Release to start from: ISO, manifest, folder, version."
+    "--from",
+    "starts",
+    multiple=True,
+    metavar="RELEASE",
+    help="Releases to start from: ISO, manifest, version, folder of any.",
 )
 @click.option(
     "--to", "goal", default="", metavar="RELEASE", help="Release to lead to; by default what the recipes make now."
@@ -66,6 +70,8 @@ def bundle(
         security_mirror=security_mirror, output=output_dir.absolute() if output_dir else None,
     )  # fmt: skip
     new, olds = _releases(session, options, goal, starts)
+    if not olds and not full:
+        raise click.UsageError(f"no other release than {new.manifest.version} is in {', '.join(starts)}")
     for start in olds:
         _tell_apart(session, start, new)
     options.dist.mkdir(parents=True, exist_ok=True)
@@ -120,7 +126,8 @@ def _releases(
     toolbox = tools.prepare(lock, store, pipeline.fetcher(options, lock, store, session.console))
     dist = session.project / "dist"
     new = releases.find(goal, dist, toolbox, store) if goal else making.files_of(built.release)
-    return new, [releases.find(start, dist, toolbox, store) for start in starts]
+    olds = [old for start in starts for old in releases.find_all(start, new, dist, toolbox, store)]
+    return new, list({old.digest: old for old in olds}.values())
 
 
 def _show(session: Session, path: Path, key: Path | None, as_json: bool) -> None:

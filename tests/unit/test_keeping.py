@@ -173,6 +173,18 @@ def test_a_release_is_found_by_version_manifest_and_folder(maker: Maker, tmp_pat
         releases.find(str(dist), dist, NoTools(), store)
 
 
+def test_a_folder_names_every_release_but_the_goal(maker: Maker, tmp_path: Path) -> None:
+    store, dist = Store(tmp_path / "cache", tmp_path), tmp_path / "dist"
+    one, two, goal = (maker.release(f"1.{number}", nginx=b"%d" % number) for number in range(3))
+    for release in (one, two, goal):
+        keep(release, dist, store)
+    found = releases.find_all(str(dist), goal, dist, NoTools(), store)
+    assert [release.manifest.version for release in found] == ["1.0", "1.1"]
+    assert [release.content for release in releases.find_all("1.0", goal, dist, NoTools(), store)] == [one.content]
+    (tmp_path / "empty").mkdir()
+    assert releases.find_all(str(tmp_path / "empty"), goal, dist, NoTools(), store) == []
+
+
 def test_a_release_whose_files_are_gone_says_what_helps(maker: Maker, tmp_path: Path) -> None:
     store, dist = Store(tmp_path / "cache", tmp_path), tmp_path / "dist"
     keep(maker.release("1.0"), dist, store)

@@ -118,6 +118,16 @@ def test_a_release_leads_not_to_itself(tmp_path: Path, capsys: pytest.CaptureFix
     assert "warning: two different releases are called 1.2" in capsys.readouterr().err
 
 
+def test_a_folder_without_another_release_makes_a_full_bundle_or_none(
+    maker: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(upgrades, "_releases", lambda *_: (maker.release(), []))
+    assert run(tmp_path, "bundle", "--from", "dist") == 2
+    assert "no other release than 1.0 is in dist" in capsys.readouterr().err
+    assert run(tmp_path, "bundle", "--from", "dist", "--full") == 0
+    assert "samepage-any-to-1.0.bundle" in capsys.readouterr().out
+
+
 def test_the_key_in_use_is_shown(tmp_path: Path, key: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "key", "show") == 0
     assert capsys.readouterr().out.strip() == SIGNER.id
