@@ -236,7 +236,8 @@ def describe(info: Info, size: int) -> str:
         lines.append(f"  unchanged: {', '.join(same)}")
     lines += _listed("packages", [f"{name} {_move(*move)}" for name, move in _pairs(info.summary, "packages")])
     for node, units in _pairs(info.summary, "units"):
-        lines += _listed(f"units of {node}", [f"{action:<8} {name}" for name, action in units.items()])
+        touched = [f"{action:<8} {name}" for name, action in units.items() if action != "none"]
+        lines += _listed(f"units of {node}", touched)
     levels: Sequence[int] = info.summary.get("migrations", ())
     names = info.summary.get("migration_files", [])
     if levels or names:
