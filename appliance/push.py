@@ -31,6 +31,8 @@ TOOL = "/opt/samepage/bin/samepage-upgrade-node"
 NOTHING = 2  # exit status of the node's tool: it runs this release already
 NO_TOOL = 127
 BROKEN_OFF = (129, 137, 143, 255)  # ended by a signal as the node stopped, or the connection was lost
+RESTARTING = "restarting"  # what the tool says before it starts the node anew; the next boot decides
+ENDINGS = {"committed": 0, "failed": 1, "rolled-back": 5}  # statuses by the outcome of an entry of the history
 PAUSE = 1.0  # seconds between two attempts to reach a node that starts anew
 
 # Takes a bundle on standard input: the key's id and public line, the bundle's name, and more options for the tool.
@@ -130,7 +132,9 @@ def push(request: Request, console: Console) -> Outcome:
     if request.allow_downgrade or not goes_back(old.manifest, new.manifest):
         words.append("--allow-downgrade")  # versions of pushed releases have no order
     with console.stage(f"upgrade {name}"):
-        answer = send(request, content, path.name, signer, words) or await_end(request, old, new)
+        answer = send(request, content, path.name, signer, words)
+        if answer is None or answer.get("outcome") == RESTARTING:
+            answer = await_end(request, old, new)
     return Outcome(name, answer, len(content), time.monotonic() - started)
 
 
@@ -200,7 +204,8 @@ def planned(info: Info) -> dict[str, Any]:
     return {
         "status": 0, "outcome": "planned", "class": info.summary["class"], "from": info.from_version,
         "to": info.version, "units": {
-            name: action for units in info.summary.get("units", {}).values() for name, action in units.items()
+            name: action
+            for units in info.summary.get("units", {}).values() for name, action in units.items() if action != "none"
         },
     }  # fmt: skip
 
@@ -260,19 +265,25 @@ def await_end(request: Request, old: ReleaseFiles, new: ReleaseFiles) -> Mapping
             done = target.execute(instance, ["sh", "-c", AFTERWARDS, "afterwards", str(share)], timeout=share + 60)
             if done.returncode == 0:
                 digest, _, rest = done.stdout.partition(b"\n")
-                return judge(digest[:64].decode("ascii", "replace"), read_answer(rest), old, new)
+                return judge(digest[:64].decode("ascii", "replace"), rest, old, new)
         time.sleep(PAUSE)
     raise NodeError(f"the upgrade of {instance.name!r} did not end within {request.deadline:.0f} s", hint=STATUS_HINT)
 
 
-def judge(digest: str, last: Mapping[str, Any] | None, old: ReleaseFiles, new: ReleaseFiles) -> Mapping[str, Any]:
-    """The answer, by the digest of the manifest that the node runs now and the last entry of its history."""
-    versions = {"from": old.manifest.version, "to": new.manifest.version}
-    entry = last if last and last.get("to") == versions["to"] else {}
+def judge(digest: str, last: bytes, old: ReleaseFiles, new: ReleaseFiles) -> Mapping[str, Any]:
+    """The answer, by the digest of the manifest that the node runs now and the last line of its history."""
+    answer: dict[str, Any] = {"from": old.manifest.version, "to": new.manifest.version, "reason": "", "message": ""}
+    try:
+        entry = json.loads(last)
+    except ValueError:
+        entry = None
+    known = isinstance(entry, dict) and entry.get("digest") == new.digest
+    outcome = str(entry["outcome"]) if known and entry.get("outcome") in ENDINGS else ""
+    if (digest == new.digest) == (outcome == "committed") and outcome:
+        facts = {name: entry[name] for name in ("from", "to", "class", "seconds", "units") if name in entry}
+        texts = {"reason": str(entry.get("state") or ""), "message": str(entry.get("reason") or "")}
+        return {**answer, **facts, **texts, "outcome": outcome, "status": ENDINGS[outcome]}
     if digest == new.digest:
-        committed = {**versions, "status": 0, "outcome": "committed", "reason": "", "message": ""}
-        return committed if entry.get("status") else {**entry, **committed}
-    if entry.get("status"):
-        return entry
+        return {**answer, "outcome": "committed", "status": 0}
     message = "the connection broke, and the node runs what it ran before"
-    return {**versions, "status": 1, "outcome": "failed", "reason": "broken-off", "message": message}
+    return {**answer, "outcome": "failed", "status": 1, "reason": "broken-off", "message": message}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from appliance.push import Outcome, Request
 
 WATCHED = ("recipes", "appliance/node")
+INSTALL_HINT = "only nodes that are installed on a disk can be upgraded; start one with: ./build.py up --installed"
 KEEP_WARM = 200.0  # seconds; ssh gives up its shared connection after 300 without use
 
 
@@ -108,7 +109,8 @@ def show(session: Session, outcome: Outcome) -> None:
         return
     start, goal = outcome.text("from"), outcome.text("to")
     why = outcome.text("message") or outcome.text("reason")
-    because = f": {why}" if why else ""
+    hint = INSTALL_HINT if outcome.text("reason") == "not-upgradable" else outcome.text("hint")
+    because = (f": {why}" if why else "") + (f"\n  hint: {hint}" if hint else "")
     match outcome.status:
         case 0:
             seconds = outcome.answer.get("seconds")

@@ -320,13 +320,22 @@ def test_a_full_disk_is_told(shop: Workshop) -> None:
     assert not shop.file("words").exists()
 
 
+def entry(release: ReleaseFiles, outcome: str, **changes: Any) -> dict[str, Any]:
+    """A line of the node's history."""
+    return {
+        "time": 1_800_000_000, "action": "upgrade", "class": "soft-reboot", "from": "1.0",
+        "to": release.manifest.version, "digest": release.digest, "outcome": outcome, "state": "", "reason": "",
+        "seconds": 30, "units": {"nginx.service": "restart"}, "data": 1, **changes,
+    }  # fmt: skip
+
+
 def rebooting(shop: Workshop, runs: ReleaseFiles, *history: Mapping[str, Any], status: int = 255) -> push.Outcome:
     """A push whose connection breaks; the node then runs a release and has a history."""
 
     def instead(number: int) -> Answer | None:
         if number == 2:
             shop.file("run/samepage/release.json").write_bytes(runs.content)
-            shop.node.keep_history({"to": "0.9", "status": 0}, *history)
+            shop.node.keep_history(entry(shop.maker.release("0.9"), "committed"), *history)
             return done(status)
         return done(1) if number == 3 else None  # not reachable yet
 
@@ -337,24 +346,42 @@ def rebooting(shop: Workshop, runs: ReleaseFiles, *history: Mapping[str, Any], s
 @pytest.mark.parametrize("status", push.BROKEN_OFF)
 def test_a_node_that_started_anew_is_asked_how_it_ended(shop: Workshop, status: int) -> None:
     new = push.dev_release(shop.tree)
-    entry = {**COMMITTED, "to": new.manifest.version, "class": "soft-reboot", "seconds": 30.0}
-    outcome = rebooting(shop, new, entry, status=status)
-    assert (outcome.status, outcome.text("class")) == (0, "soft-reboot")
+    outcome = rebooting(shop, new, entry(new, "committed"), status=status)
+    assert (outcome.status, outcome.text("class"), outcome.text("to")) == (0, "soft-reboot", new.manifest.version)
+    assert outcome.answer["units"] == {"nginx.service": "restart"}
     assert shop.node.hung_up == 2
 
 
+def test_a_restart_that_the_node_announces_is_waited_for(shop: Workshop) -> None:
+    new = push.dev_release(shop.tree)
+    shop.node.answers(4, {**COMMITTED, "outcome": "restarting", "message": "trying it"})
+
+    def instead(number: int) -> Answer | None:
+        if number == 3:
+            shop.file("run/samepage/release.json").write_bytes(new.content)
+            shop.node.keep_history(entry(new, "committed"))
+        return None
+
+    shop.node.instead = instead
+    outcome = shop.push()
+    assert (outcome.status, outcome.text("outcome"), outcome.text("message")) == (0, "committed", "")
+    shop.node.install(shop.running)
+    shop.node.instead = lambda _number: None
+    shop.node.answers(4, {**COMMITTED, "outcome": "staged", "message": "needs a reboot"})
+    assert shop.push().status == 4  # that one waits for somebody
+
+
 def test_a_release_that_was_given_up_says_why(shop: Workshop) -> None:
-    version = push.dev_release(shop.tree).manifest.version
-    entry = {"status": 5, "outcome": "rolled-back", "from": "1.0", "to": version, "message": "nginx: refused"}
-    outcome = rebooting(shop, shop.running, entry)
-    assert (outcome.status, outcome.text("message")) == (5, "nginx: refused")
+    past = entry(push.dev_release(shop.tree), "rolled-back", state="health", reason="nginx: refused")
+    outcome = rebooting(shop, shop.running, past)
+    assert (outcome.status, outcome.text("reason"), outcome.text("message")) == (5, "health", "nginx: refused")
 
 
 def test_what_runs_decides_not_what_was_written(shop: Workshop) -> None:
-    version = push.dev_release(shop.tree).manifest.version
-    assert rebooting(shop, shop.running, {**COMMITTED, "to": version}).status == 1
+    new = push.dev_release(shop.tree)
+    assert rebooting(shop, shop.running, entry(new, "committed")).status == 1
     shop.node.commands.clear()
-    outcome = rebooting(shop, push.dev_release(shop.tree), {"to": version, "status": 5, "message": "the time before"})
+    outcome = rebooting(shop, new, entry(new, "rolled-back", reason="the time before"))
     assert (outcome.status, outcome.text("message")) == (0, "")
 
 
@@ -422,6 +449,15 @@ def test_the_exit_status_is_the_node_s(
     assert shop.run() == status
     out, err = capsys.readouterr()
     assert (out, err.endswith(message)) == ("", True)
+
+
+def test_hints_of_the_node_are_shown(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    shop.node.answers(3, {**COMMITTED, "message": "why", "hint": "do this"})
+    assert shop.run() == 3
+    assert capsys.readouterr().err.endswith("refuses release 1.0+dev.x: why\n  hint: do this\n")
+    shop.node.answers(3, {**COMMITTED, "message": "why", "reason": "not-upgradable", "hint": "install it"})
+    assert shop.run() == 3
+    assert capsys.readouterr().err.endswith("start one with: ./build.py up --installed\n")
 
 
 def test_the_verb_as_json(shop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
