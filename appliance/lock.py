@@ -81,8 +81,12 @@ def resolve(
     suite: str = SUITE,
     keyring: Path | None = KEYRING,
     cache: Path | None = None,
+    prefer: str = "",
 ) -> Lock:
     """Resolve the wanted names against the archive as it is now; `cache` keeps its lists for the next time.
+
+    `prefer` names a suite whose versions are taken before newer ones of the others, such as a release without its
+    security updates.
 
     Raises CommandError when the archive is out of reach or its signature is wrong, LockError when a name is unknown.
     """
@@ -104,7 +108,8 @@ def resolve(
             )
 
         def closure(names: Iterable[str]) -> tuple[Package, ...]:
-            lines = apt.call("apt-get", "install", "--print-uris", "--yes", "--quiet=2", *names).splitlines()
+            options = ["--print-uris", "--yes", "--quiet=2", *(["--target-release", prefer] if prefer else [])]
+            lines = apt.call("apt-get", "install", *options, *names).splitlines()
             return tuple(
                 sorted(
                     (_parse_uri(line, mirrors) for line in lines if line.startswith("'")),

@@ -192,7 +192,7 @@ def _units(fields: Fields, sources: tuple[Source, ...]) -> Iterator[Unit]:
 
 
 def _hold(unit: Fields) -> tuple[str, ...]:
-    signals = tuple(name.data for name in unit.texts("hold", _SIGNAL, "the name of a signal without SIG, such as WINCH"))
+    signals = tuple(name.data for name in unit.texts("hold", _SIGNAL, "a signal's name without SIG, such as WINCH"))
     if len(signals) not in (0, 2):
         unit.fault("hold", "two signals are needed: one that makes clients wait, and one that ends it")
     return signals

@@ -1,7 +1,7 @@
 """Releases that differ in one thing, and the bundles between them, for the tests of upgrades.
 
-A variant is a copy of the recipes with an edit, built with a version of its own. The store keeps what they share, so one
-that changes a template costs a second, one that changes the base layer half a minute.
+A variant is a copy of the recipes with an edit, built with a version of its own. The store keeps what they share, so
+one that changes a template costs a second, one that changes the base layer half a minute.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from appliance import bundle
+from appliance.apt import find_mirrors
 from appliance.bundle import ReleaseFiles
 from appliance.console import Console
+from appliance.lock import SUITE, read_lock, resolve, write_lock
+from appliance.model import Lock, Package, frozen_map
 from appliance.node.keys import PUBLIC, Signer, dump_key
-from appliance.pipeline import Built, Options, build_disk, build_release
+from appliance.pipeline import LOCK_FILE, Built, Options, build_disk, build_release
 
 PROJECT = Path(__file__).parents[1]
 SIGNER = Signer(bytes(range(32)))  # known to everybody: for tests only
 KEYS = "recipes/node-tools/files/etc/samepage/keys"
 Edit = Callable[[Path], None]
-SETTINGS = "  trial_seconds: 600"
 
 
 def replace(file: str, old: str, new: str) -> Edit:
@@ -46,6 +48,31 @@ def write(file: str, content: str, mode: int = 0o644) -> Edit:
     return edit
 
 
+def todays_lock() -> Lock:
+    return read_lock(PROJECT / LOCK_FILE)
+
+
+def release_lock(cache: Path) -> Lock:
+    """Debian 13 as it was released, without the security updates since. Raises what `resolve` raises."""
+    return resolve(todays_lock().wanted, find_mirrors(SUITE), cache=cache, prefer=SUITE)
+
+
+def without_kernel(new: Lock, old: Lock) -> Lock:
+    """The packages of `new`, but the kernel of `old`."""
+
+    def mixed(name: str) -> tuple[Package, ...]:
+        kernels = tuple(one for one in old.sets[name] if one.name.startswith("linux-image"))
+        others = tuple(one for one in new.sets[name] if not one.name.startswith("linux-image"))
+        return tuple(sorted((*kernels, *others), key=lambda one: one.name))
+
+    sets = {name: mixed(name) if name != "tools" else packages for name, packages in new.sets.items()}
+    return Lock(new.suite, new.epoch, new.wanted, frozen_map(sets))
+
+
+def with_lock(lock: Lock) -> Edit:
+    return lambda project: write_lock(lock, project / LOCK_FILE)
+
+
 @dataclass
 class Variants:
     """Builds variants below `folder`, each once. `common`: edits that all of them have."""
@@ -65,7 +92,7 @@ class Variants:
             (project / KEYS / "test.pub").write_bytes(dump_key(SIGNER.public, PUBLIC, "test"))
             for edit in (*self.common, *edits):
                 edit(project)
-        return Options(project, version=version, output=self.folder / "dist" / version, locked=True)
+        return Options(project, version=version, output=self.folder / "dist" / version)
 
     def build(self, version: str, *edits: Edit) -> Built:
         built = build_release(self.options(version, *edits), Console("none"))

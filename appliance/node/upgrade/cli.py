@@ -44,8 +44,8 @@ VERBS = {
     "verify": "compare every file of the running release with its digest",
     "cleanup": "remove releases and data that are not kept, and say why",
 }
-EPILOG = """exit status: 0 committed, 1 failed and the old release kept, 2 nothing to do, 3 refused, 4 staged and a restart
-needed (or under way), 5 tried and rolled back, 6 another upgrade runs, 64 wrong usage
+EPILOG = """exit status: 0 committed, 1 failed and the old release kept, 2 nothing to do, 3 refused, 4 staged and a
+restart needed (or under way), 5 tried and rolled back, 6 another upgrade runs, 64 wrong usage
 
 examples: samepage-upgrade-node                         the channel's newest release
           samepage-upgrade-node plan https://example.org/samepage-1.0-to-1.1.bundle
@@ -72,9 +72,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("source", nargs="?", default="", metavar="BUNDLE|URL", help="instead of the channel")
     made.add_argument("--download-only", action="store_true", help="bring the release here and leave it at that")
     made.add_argument("--dry-run", action="store_true", help="only say what would happen")
-    made.add_argument("--apply", choices=APPLY, default="auto", help="how deep to go; staged only where less will not do")
+    made.add_argument("--apply", choices=APPLY, default="auto", help="how deep to go; where that will not do: staged")
     made.add_argument("--allow-downgrade", action="store_true", help="take an older release, too")
-    made.add_argument("--data", choices=("restore", "keep"), default="restore", help="rollback: the data of then, or today's")
+    made.add_argument("--data", choices=("restore", "keep"), default="restore", help="rollback: then's, or today's")
     made.add_argument("--to", default="", metavar="RELEASE", help="rollback: to this release instead of the one before")
     made.add_argument("--stop-before", choices=STATES, default="", metavar="STATE", help=f"one of {', '.join(STATES)}")
     made.add_argument("--retry", action="store_true", help="try a release of the channel again that did not stay")
@@ -280,7 +280,8 @@ def describe(result: Mapping[str, Any]) -> str:
     if result.get("class") and result.get("from") != result.get("to"):
         lines.append(f"release {result['from']} -> {result['to']}: {result['class']}")
         lines += [f"  {what:<8} {unit}" for unit, what in sorted(result.get("units", {}).items())]
-        lines += [f"  package  {name} {' -> '.join(filter(None, move))}" for name, move in result.get("packages", {}).items()]
+        moves = result.get("packages", {}).items()
+        lines += [f"  package  {name} {' -> '.join(filter(None, versions))}" for name, versions in moves]
         levels = result.get("schema") or result.get("migrations") or []
         if len(levels) == 2 and levels[0] != levels[1]:
             lines.append(f"  schema   level {levels[0]} -> {levels[1]}")

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from typing import Any
 
 from appliance.node.upgrade import cleaning, journal, obtain, records, staging
-from appliance.node.upgrade.node import Node, look, trust
+from appliance.node.upgrade.node import Node, look
+from appliance.node.upgrade.obtain import trust
 from appliance.node.upgrade.request import FAILED, NOTHING
 from appliance.node.upgrade.web import FetchError
 from appliance.node.upgrade.worker import lock, previous
@@ -78,7 +79,7 @@ def status(node: Node, _options: argparse.Namespace) -> Answer:
     facts = {
         "release": node.running.id, "version": node.running.manifest.version, "digest": node.running.digest,
         "layout": node.running.manifest.layout, "data": node.data, "previous": before,
-        "layers": {kind: digest for kind, digest in node.layers(node.running).items()},
+        "layers": node.layers(node.running),
         "kernel": node.running.manifest.kernel.id, "unfinished": asdict(begun) if begun else None, "last": last,
         "releases": {one.id: {"digest": one.digest, "data": one.data} for one in node.held.values()},
         "next_boot": {"release": choice.release, "data": choice.data} if choice else None,

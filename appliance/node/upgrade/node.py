@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from appliance.node.keys import PUBLIC, KeyFileError, Trust, key_id, load_trust, parse_key
 from appliance.node.refusals import Refusal
 from appliance.node.upgrade import mounts, records
 from appliance.node.upgrade.changes import read_node
@@ -103,25 +102,3 @@ def look() -> Node:
         raise NotUpgradable(str(error.strerror)) from error
     description = read_node("/")
     return Node(str(description.get("name", "")), device, running, data, held, read_settings(), description)
-
-
-def trust() -> Trust:
-    """The keys that this node trusts: the release's, the site's, and the one given as a credential.
-
-    Raises NotUpgradable that names a key file which cannot be read.
-    """
-    keys: dict[str, bytes] = {}
-    revoked: frozenset[str] = frozenset()
-    try:
-        for folder in KEY_FOLDERS:
-            if os.path.isdir(folder):
-                found = load_trust(folder)
-                keys |= found.keys
-                revoked |= found.revoked
-        for line in (records.read_small(KEY_CREDENTIAL, 1 << 16) or b"").splitlines():
-            if line.strip():
-                public = parse_key(line, PUBLIC)
-                keys[key_id(public)] = public
-    except KeyFileError as error:
-        raise NotUpgradable(f"a key cannot be read: {error}", hint="correct or remove that file") from error
-    return Trust(keys, revoked)

@@ -11,13 +11,13 @@ from typing import Any
 
 from appliance.node import channel
 from appliance.node.bundle import check_fit, open_bundle, read_info
-from appliance.node.keys import Trust
+from appliance.node.keys import PUBLIC, KeyFileError, Trust, key_id, load_trust, parse_key
 from appliance.node.plan import classify
 from appliance.node.refusals import NoWay
 from appliance.node.release import Manifest, parse
 from appliance.node.upgrade import fetch
-from appliance.node.upgrade.node import COUNTER, INCOMING, Node
-from appliance.node.upgrade.records import Held
+from appliance.node.upgrade.node import COUNTER, INCOMING, KEY_CREDENTIAL, KEY_FOLDERS, Node, NotUpgradable
+from appliance.node.upgrade.records import Held, read_small
 from appliance.node.upgrade.staging import stage
 
 Report = Callable[[str, int, int], None]
@@ -30,6 +30,28 @@ class Chain:
     files: tuple[str, ...]
     goal: str
     keys: Trust
+
+
+def trust() -> Trust:
+    """The keys that this node trusts: the release's, the site's, and the one given as a credential.
+
+    Raises NotUpgradable that names a key file which cannot be read.
+    """
+    keys: dict[str, bytes] = {}
+    revoked: frozenset[str] = frozenset()
+    try:
+        for folder in KEY_FOLDERS:
+            if os.path.isdir(folder):
+                found = load_trust(folder)
+                keys |= found.keys
+                revoked |= found.revoked
+        for line in (read_small(KEY_CREDENTIAL, 1 << 16) or b"").splitlines():
+            if line.strip():
+                public = parse_key(line, PUBLIC)
+                keys[key_id(public)] = public
+    except KeyFileError as error:
+        raise NotUpgradable(f"a key cannot be read: {error}", hint="correct or remove that file") from error
+    return Trust(keys, revoked)
 
 
 def held_manifests(node: Node) -> dict[str, str]:

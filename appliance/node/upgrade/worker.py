@@ -19,7 +19,7 @@ from typing import Any
 from appliance.node.refusals import Busy, Refusal
 from appliance.node.upgrade import engine, journal, records, resume, services
 from appliance.node.upgrade.engine import Job, Outcome
-from appliance.node.upgrade.node import INCOMING, Node, look, trust
+from appliance.node.upgrade.node import INCOMING, Node, look
 from appliance.node.upgrade.request import (
     EVENTS,
     FAILED,
@@ -135,7 +135,8 @@ def work() -> int:
         def cancel(_number: int, _frame: object) -> None:
             reporter.cancelled = True
 
-        signal.signal(signal.SIGINT, cancel)
+        for number in (signal.SIGINT, signal.SIGTERM):  # a stop of the unit, too: a restart must find the end written
+            signal.signal(number, cancel)
         started = time.monotonic()
         end = answer(reporter)
         write({"state": "end", "seconds": round(time.monotonic() - started, 2), **end})
@@ -184,7 +185,7 @@ def _install(node: Node, request: Request, reporter: Reporter) -> dict[str, Any]
     from appliance.node.upgrade import obtain
 
     downgrade = request.allow_downgrade
-    chain = obtain.chain(node, request.source, trust(), reporter, allow_downgrade=downgrade)
+    chain = obtain.chain(node, request.source, obtain.trust(), reporter, allow_downgrade=downgrade)
     if not chain.files:
         return _result("nothing", node, message=f"release {node.running.manifest.version} is the newest")
     before = journal.failed_before(node.root, chain.goal)
