@@ -50,6 +50,7 @@ OVMF_NAMES = (
 DISK_SIZE = "16G"  # of a fresh disk to install on; grows on the host as it is filled
 
 # Disk controllers by their name in Request.hardware["disk"]: devices before the disk, and the disk's own device.
+# "none" makes the disk's file and leaves it to the caller to attach it.
 DISKS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "virtio": ((), "virtio-blk-pci"),
     "virtio-scsi": (("virtio-scsi-pci",), "scsi-hd"),
@@ -122,7 +123,7 @@ def command_line(request: Request, folder: Path, sockets: Path, *, accelerated: 
             "-drive", f"if=none,id=cd0,media=cdrom,format=raw,readonly=on,file={escape(request.image)}",
             "-device", f"ide-cd,drive=cd0,bus=ide.0,bootindex={2 if request.kind == 'install' else 1}",
         ]  # fmt: skip
-    if request.kind in ("usb", "disk", "install"):
+    if request.kind in ("usb", "disk", "install") and request.hardware.get("disk") != "none":
         before, device = DISKS[request.hardware.get("disk", "virtio")]
         words += [word for extra in before for word in ("-device", extra)]
         words += [

@@ -54,6 +54,11 @@ def test_every_controller_has_a_disk(disk: str, tmp_path: Path) -> None:
     assert option(line(tmp_path, kind="disk", hardware={"disk": disk}), "-device", "drive=disk0")
 
 
+def test_a_disk_can_be_left_to_the_caller(tmp_path: Path) -> None:
+    words = line(tmp_path, kind="disk", hardware={"disk": "none"})
+    assert not [word for word in words if "disk0" in word]
+
+
 def test_the_iso_is_a_cd_that_is_never_written(tmp_path: Path) -> None:
     cd = option(line(tmp_path), "-drive", "media=cdrom")
     assert "readonly=on" in cd
