@@ -14,7 +14,7 @@ from appliance.verbs.build import archive_options
 
 if TYPE_CHECKING:
     from appliance.bundle import ReleaseFiles
-    from appliance.node.keys import Trust
+    from appliance.node.keys import Signer, Trust
     from appliance.pipeline import Options
     from appliance.store import Store
 
@@ -175,13 +175,36 @@ def channel(
         raise click.UsageError("name the bundles to add")
     if action == "keep" and bundles:
         raise click.UsageError("keep takes no bundles; say add")
-    index = keeping.add(
-        folder, bundles, signing.load(key), int(time.time()), keep=keep, lifetime=days * 86400, revoked=revoke
-    )
+    signer = signing.load(key)
+    _take_over(session, folder, signer)
+    index = keeping.add(folder, bundles, signer, int(time.time()), keep=keep, lifetime=days * 86400, revoked=revoke)
     session.console.result(
         f"{folder}: index {index.counter}, {len(index.releases)} releases, {len(index.bundles)} bundles, "
         f"newest {index.newest.version}"
     )
+
+
+def _take_over(session: Session, folder: Path, signer: Signer) -> None:
+    """Sign an index with another key than before, where the project trusts that one too: keys are stolen, or expire."""
+    from appliance.errors import ApplianceError
+    from appliance.iso import put_beside
+    from appliance.node.channel import INDEX_NAME, dump_index, parse_index
+    from appliance.node.keys import Trust
+    from appliance.node.refusals import Refusal, UnknownKey
+
+    place = folder / INDEX_NAME
+    if not place.is_file():
+        return
+    content = place.read_bytes()
+    try:
+        try:
+            parse_index(content, Trust({signer.id: signer.public}))
+        except UnknownKey:
+            index = parse_index(content, _trust(session, None))
+            session.console.warn(f"{place} was signed by another key; from now on it is signed by {signer.id}")
+            put_beside(place, dump_index(index, signer))
+    except Refusal as refusal:
+        raise ApplianceError(f"{place}: {refusal.message}", hint=refusal.hint) from refusal
 
 
 @verb("key new team", "key show")

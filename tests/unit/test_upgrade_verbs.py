@@ -9,7 +9,8 @@ import pytest
 
 from appliance import bundle as making
 from appliance import cli, signing
-from appliance.node.keys import SECRET, dump_key
+from appliance.node.channel import INDEX_NAME, parse_index
+from appliance.node.keys import PUBLIC, SECRET, Trust, dump_key
 from appliance.verbs import upgrades
 from tests.unit.releases import OTHER, SIGNER, Maker
 
@@ -126,6 +127,30 @@ def test_a_folder_without_another_release_makes_a_full_bundle_or_none(
     assert "no other release than 1.0 is in dist" in capsys.readouterr().err
     assert run(tmp_path, "bundle", "--from", "dist", "--full") == 0
     assert "samepage-any-to-1.0.bundle" in capsys.readouterr().out
+
+
+def test_a_channel_goes_on_with_another_key(
+    maker: Maker, tmp_path: Path, key: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, other = tmp_path / "channel", tmp_path / "other.key"
+    other.write_bytes(dump_key(OTHER.secret, SECRET, ""))
+    other.chmod(0o600)
+    assert run(tmp_path, "channel", "add", str(folder), str(bundle_of(maker, tmp_path))) == 0
+    key.unlink()
+    words = ["channel", "keep", str(folder), "--revoke", SIGNER.id, "--key", str(other)]
+    assert run(tmp_path, *words) == 1
+    assert "not trusted here" in capsys.readouterr().err
+    trusted = tmp_path / signing.TRUSTED
+    trusted.mkdir(parents=True)
+    (trusted / "team.pub").write_bytes(dump_key(SIGNER.public, PUBLIC, ""))
+    assert run(tmp_path, *words) == 0
+    assert f"from now on it is signed by {OTHER.id}" in capsys.readouterr().err
+    index = parse_index((folder / INDEX_NAME).read_bytes(), Trust({OTHER.id: OTHER.public}))
+    assert (index.counter, index.revoked, index.newest.version) == (2, frozenset({SIGNER.id}), "1.1")
+    assert run(tmp_path, *words) == 0
+    assert "another key" not in capsys.readouterr().err
+    (folder / INDEX_NAME).write_bytes(b"")
+    assert run(tmp_path, *words) == 1
 
 
 def test_the_key_in_use_is_shown(tmp_path: Path, key: Path, capsys: pytest.CaptureFixture[str]) -> None:
