@@ -31,7 +31,9 @@ TOOL = "/opt/samepage/bin/samepage-upgrade-node"
 NOTHING = 2  # exit status of the node's tool: it runs this release already
 NO_TOOL = 127
 BROKEN_OFF = (129, 137, 143, 255)  # ended by a signal as the node stopped, or the connection was lost
-RESTARTING = "restarting"  # what the tool says before it starts the node anew; the next boot decides
+RESTARTING = "restarting"  # outcome that the tool tells before it starts the node anew; the next boot decides
+DIED = "died"  # reason that it tells where its service was ended, perhaps by the restart
+LOST = "connection-lost"  # reason given here where nothing else is known
 ENDINGS = {"committed": 0, "failed": 1, "rolled-back": 5}  # statuses by the outcome of an entry of the history
 PAUSE = 1.0  # seconds between two attempts to reach a node that starts anew
 
@@ -133,8 +135,10 @@ def push(request: Request, console: Console) -> Outcome:
         words.append("--allow-downgrade")  # versions of pushed releases have no order
     with console.stage(f"upgrade {name}"):
         answer = send(request, content, path.name, signer, words)
-        if answer is None or answer.get("outcome") == RESTARTING:
-            answer = await_end(request, old, new)
+        if answer is None or answer.get("outcome") == RESTARTING or answer.get("reason") == DIED:
+            ended = await_end(request, old, new)
+            answer = answer if answer and ended["reason"] == LOST else ended
+    answer = {"from": old.manifest.version, "to": new.manifest.version, **answer}  # a refusal may lack them
     return Outcome(name, answer, len(content), time.monotonic() - started)
 
 
@@ -286,4 +290,4 @@ def judge(digest: str, last: bytes, old: ReleaseFiles, new: ReleaseFiles) -> Map
     if digest == new.digest:
         return {**answer, "outcome": "committed", "status": 0}
     message = "the connection broke, and the node runs what it ran before"
-    return {**answer, "outcome": "failed", "status": 1, "reason": "broken-off", "message": message}
+    return {**answer, "outcome": "failed", "status": 1, "reason": LOST, "message": message}

@@ -366,7 +366,17 @@ def test_a_restart_that_the_node_announces_is_waited_for(shop: Workshop) -> None
     outcome = shop.push()
     assert (outcome.status, outcome.text("outcome"), outcome.text("message")) == (0, "committed", "")
     shop.node.install(shop.running)
+    shop.node.commands.clear()
+    died = {"outcome": "failed", "reason": "died", "message": "its process was ended"}
+    shop.node.answers(1, died)
+    assert shop.push().status == 0  # by the restart
+    shop.node.install(shop.running)
     shop.node.instead = lambda _number: None
+    shop.node.keep_history()
+    shop.node.answers(1, died)
+    outcome = shop.push()  # by something else
+    assert (outcome.status, outcome.text("message")) == (1, "its process was ended")
+    assert (outcome.text("from"), outcome.text("to")) == ("1.0", new.manifest.version)
     shop.node.answers(4, {**COMMITTED, "outcome": "staged", "message": "needs a reboot"})
     assert shop.push().status == 4  # that one waits for somebody
 
@@ -387,7 +397,7 @@ def test_what_runs_decides_not_what_was_written(shop: Workshop) -> None:
 
 def test_a_connection_that_broke_too_early_is_a_failure(shop: Workshop) -> None:
     outcome = rebooting(shop, shop.running)
-    assert (outcome.status, outcome.text("reason")) == (1, "broken-off")
+    assert (outcome.status, outcome.text("reason")) == (1, push.LOST)
     assert outcome.text("to") == push.dev_release(shop.tree).manifest.version
 
 
