@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
-from appliance.node.upgrade import journal, records, retention
+from appliance.node.release import ReleaseError, parse_layers
+from appliance.node.upgrade import journal, records, retention, staging
 from appliance.node.upgrade.node import INCOMING, Node
 from appliance.node.upgrade.records import BootRecord, Held
 from appliance.node.upgrade.services import ServiceError, run
@@ -22,19 +24,19 @@ def decide(node: Node) -> retention.Plan:
     previous = next((one.release for one in named if one.release in node.held and one.release != node.running.id), "")
     protected = [begun.old, begun.new] if begun else []
     numbers = {one.data for one in named} | ({begun.old_data, begun.new_data, begun.spare_data} if begun else set())
-    there = os.statvfs(node.root)
-    size = there.f_blocks * there.f_frsize
     present = retention.Present(
         files=dict(_files(node.root)),
         data={number: _exclusive(node, number) for number in records.data_numbers(node.root) if number != node.data}
         | {node.data: 0},
-        named_files=frozenset(path for one in named for path in _kernel_files(one)),
+        named_files=frozenset(path for one in named for path in _named_files(node.root, one)),
         named_data=frozenset(numbers),
     )
+    counted = sum(present.files.values()) + sum(present.data.values())
     return retention.plan(
         [_release(node, one) for one in node.held.values()], present, running=node.running.id, running_data=node.data,
-        previous=previous, keep=node.settings.keep, budget_bytes=size * node.settings.budget // 100,
-        used_bytes=size - there.f_bavail * there.f_frsize, protected=protected,
+        previous=previous, keep=node.settings.keep,
+        budget_bytes=(staging.free(node.root) + counted) * node.settings.budget // 100, used_bytes=counted,
+        protected=protected,
     )  # fmt: skip
 
 
@@ -43,6 +45,7 @@ def clean(node: Node, report: Report) -> retention.Plan:
     wanted = decide(node)
     steps = len(wanted.remove) + len(wanted.files) + len(wanted.data)
     for name, _ in wanted.remove:
+        shutil.rmtree(_going(node, name), ignore_errors=True)  # left by an earlier cleanup that did not end
         os.rename(os.path.join(node.root, records.RELEASES, name), _going(node, name))
     if wanted.remove:
         records.commit(node.root)
@@ -51,9 +54,11 @@ def clean(node: Node, report: Report) -> retention.Plan:
         report("clean", number, steps)
     for path, _ in wanted.files:
         whole = os.path.join(node.root, path)
-        os.unlink(whole)
-        if path.startswith(records.KERNELS + "/") and not os.listdir(os.path.dirname(whole)):
-            os.rmdir(os.path.dirname(whole))
+        with suppress(FileNotFoundError):  # it was in one of the folders above
+            os.unlink(whole)
+        if path.startswith((records.KERNELS + "/", records.RELEASES + "/")):
+            with suppress(OSError):  # another file is in the folder, or it is gone
+                os.rmdir(os.path.dirname(whole))
     for data, _ in wanted.data:
         run("btrfs", "subvolume", "delete", os.path.join(node.root, records.DATA, str(data)))
     if not wanted.empty:
@@ -72,9 +77,14 @@ def _release(node: Node, one: Held) -> retention.Release:
     return retention.Release(one.id, one.manifest.version, os.stat(record).st_mtime, files, one.data)
 
 
-def _kernel_files(record: BootRecord) -> Iterator[str]:
+def _named_files(root: str, record: BootRecord) -> Iterator[str]:
+    """What a boot record needs, also where the release's own record cannot be read."""
     for name in records.KERNEL_FILES:
         yield records.kernel_path("", record.kernel, name)
+    content = records.read_small(os.path.join(root, records.RELEASES, record.release, "layers"), 4096) or b""
+    with suppress(ReleaseError):
+        for kind, digest in parse_layers(content).items():
+            yield records.layer_path("", kind, digest)
 
 
 def _files(root: str) -> Iterator[tuple[str, int]]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from appliance.node.refusals import Refusal
@@ -33,7 +33,7 @@ class NotUpgradable(Refusal):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`budget`: percent of the state partition that releases and data may fill before more releases are removed."""
+    """`budget`: percent that releases and the data they left may fill of the room beside the data that runs."""
 
     channel: str = ""
     keep: int = 3
@@ -49,14 +49,23 @@ class Settings:
 
 
 def read_settings(path: str = SETTINGS_FILE) -> Settings:
-    """The node's settings. Raises NotUpgradable where the file is not what it should be."""
+    """The node's settings; those that only another release knows are left out.
+
+    Raises NotUpgradable where the file is not what it should be.
+    """
+    hint = "correct recipes/node-tools and push it"
     try:
         with open(path, encoding="utf-8") as file:
-            return Settings(**json.load(file))
+            found = dict(json.load(file))
     except FileNotFoundError:
         return Settings()
-    except (OSError, ValueError, TypeError) as error:
-        raise NotUpgradable(f"{path} cannot be used: {error}", hint="correct recipes/node-tools and push it") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise NotUpgradable(f"{path} cannot be used: {error}", hint=hint) from error
+    known = {one.name: one.default for one in fields(Settings)}
+    for name, default in known.items():
+        if type(found.get(name, default)) is not type(default):
+            raise NotUpgradable(f"{path}: {name} is no {type(default).__name__}", hint=hint)
+    return Settings(**{name: value for name, value in found.items() if name in known})
 
 
 @dataclass(frozen=True, slots=True)

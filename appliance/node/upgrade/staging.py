@@ -63,7 +63,7 @@ def stage(root: str, bundle: Bundle, node: str, held: Mapping[str, Held], progre
             f"release {manifest.version} needs a file that neither the bundle nor this node has: {lacking[0]}",
             hint="take a full bundle",
         )
-    need((file.size for file in missing.values()), _free(root))
+    need((file.size for file in missing.values()), free(root))
     total, done = sum(file.size for file in missing.values()), 0
 
     def told(now: int, _all: int) -> None:
@@ -128,7 +128,7 @@ def _is_there(file: _File) -> bool:
         return False
 
 
-def _free(root: str) -> int:
+def free(root: str) -> int:
     there = os.statvfs(root)
     return there.f_bavail * there.f_frsize
 
