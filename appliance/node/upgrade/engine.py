@@ -110,6 +110,7 @@ def _differences(
     """Paths that differ, what happens to units, and node.json of both; both releases have the same base."""
     before, after = node.layers(old), node.layers(new)
     kinds = [kind for kind in ("app", "config") if before[kind] != after[kind]]
+    mounts.keep_config(node.trees(old))
     places = mounts.show(node.trees(new), kinds)
     try:
         changed: set[str] = set()

@@ -89,6 +89,9 @@ def _attach(mount: int, place: str, flags: int = 0) -> None:
 
 def _replace(mount: int, place: str) -> None:
     """Put a mount in the place of the one at `place`, with no moment in between."""
+    if not os.path.ismount(place):
+        _attach(mount, place)
+        return
     _attach(mount, place, _BENEATH)
     _detach(place)
 
@@ -126,6 +129,13 @@ def show(trees: Trees, kinds: Sequence[str]) -> dict[str, str]:
         os.makedirs(place, exist_ok=True)
         _attach(_image(getattr(trees, kind)), place)
     return places
+
+
+def keep_config(trees: Trees) -> None:
+    """Mount the running config layer where it can be looked at: a soft reboot drops the mounts below /run."""
+    if not os.path.ismount(CONFIG):
+        os.makedirs(CONFIG, exist_ok=True)
+        _attach(_image(trees.config), CONFIG)
 
 
 def hide() -> None:
