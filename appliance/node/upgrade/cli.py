@@ -35,7 +35,7 @@ from appliance.node.upgrade.request import (
 VERBS = {
     "check": "look whether the channel has a newer release; 0: it has, 2: it has not",
     "info": "say what runs here, or what a bundle is",
-    "plan": "say what an upgrade would do; nothing is written",
+    "plan": "say what an upgrade would do, and do nothing",
     "install": "upgrade to a bundle's release, or to the channel's newest; the verb may be left out",
     "commit": "go on with an upgrade that --stop-before stopped",
     "rollback": "go back to the release before this one, or call off an upgrade that was stopped",
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         description=f"Upgrades this node, or leaves it as it was.\n\n{listing}", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
-    made.add_argument("source", nargs="?", default="", metavar="BUNDLE|URL", help="instead of the channel")
+    made.add_argument("words", nargs="*", metavar="BUNDLE|URL", help="instead of the channel")
     made.add_argument("--download-only", action="store_true", help="bring the release here and leave it at that")
     made.add_argument("--dry-run", action="store_true", help="only say what would happen")
     made.add_argument("--apply", choices=APPLY, default="auto", help="how deep to go; where that will not do: staged")
@@ -85,15 +85,24 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def parse(words: Sequence[str]) -> tuple[str, argparse.Namespace]:
+    """The verb, and the options with `source`. Raises UsageError, and SystemExit once help is printed."""
+    options = parser().parse_intermixed_args(list(words))
+    verb = options.words.pop(0) if options.words and options.words[0] in VERBS else "install"
+    if len(options.words) > 1:
+        raise UsageError(f"{options.words[1]!r} is one word too many")
+    options.source = options.words[0] if options.words else ""
+    return verb, options
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """The program; `words` default to the process's arguments. Returns the exit status."""
     given = list(sys.argv[1:] if words is None else words)
-    verb = given.pop(0) if given and given[0] in VERBS else "install"
     try:
-        options = parser().parse_args(given)
+        verb, options = parse(given)
         if os.geteuid() != 0:
             raise UsageError("only root can do this")
-        _check(verb, options)
+        check(verb, options)
     except UsageError as error:
         print(f"samepage-upgrade-node: {error}; see --help", file=sys.stderr)
         return USAGE
@@ -109,12 +118,20 @@ def main(words: Sequence[str] | None = None) -> int:
         return show({"status": FAILED, "outcome": "failed", "message": str(error)}, options)
 
 
-def _check(verb: str, options: argparse.Namespace) -> None:
-    takes = {"install", "plan", "info"}
-    if options.source and verb not in takes:
+def check(verb: str, options: argparse.Namespace) -> None:
+    """Raise UsageError for what does not go together."""
+    if options.source and verb not in ("install", "plan", "info"):
         raise UsageError(f"{verb} takes no bundle")
     if options.source and "://" not in options.source and not os.path.isfile(options.source):
-        raise UsageError(f"there is no file {options.source}")
+        what = "file" if "/" in options.source else "verb or file"
+        raise UsageError(f"there is no {what} {options.source}")
+    if options.to and verb != "rollback":
+        raise UsageError("--to belongs to rollback")
+    if options.progress_fd >= 0:
+        try:
+            os.fstat(options.progress_fd)
+        except OSError as error:
+            raise UsageError(f"--progress-fd {options.progress_fd}: {error.strerror}") from error
 
 
 def _refused(refusal: Refusal) -> dict[str, Any]:
@@ -229,9 +246,14 @@ def _relay(request: Request, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _unit_runs() -> bool:
-    from appliance.node.upgrade.services import systemctl
+    """Raises OSError where there is no answer."""
+    from appliance.node.upgrade.services import ServiceError, systemctl
 
-    return systemctl("show", "-p", "ActiveState", "--value", UNIT).strip() in ("active", "activating", "deactivating")
+    try:
+        state = systemctl("show", "-p", "ActiveState", "--value", UNIT).strip()
+    except ServiceError as error:
+        raise OSError(str(error)) from error
+    return state in ("active", "activating", "deactivating")
 
 
 class _Screen:
@@ -244,7 +266,10 @@ class _Screen:
 
     def show(self, event: Mapping[str, Any], line: bytes) -> None:
         if self.options.progress_fd >= 0:
-            os.write(self.options.progress_fd, line)
+            try:
+                os.write(self.options.progress_fd, line)
+            except OSError:  # nobody reads any more; the upgrade goes on all the same
+                self.options.progress_fd = -1
         state = str(event.get("state"))
         if self.options.json or state in ("end", "planned"):
             return

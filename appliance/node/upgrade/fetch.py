@@ -40,6 +40,12 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all or 0
 T = TypeVar("T")
 
 
+class TooLarge(FetchError):
+    """The file has more bytes than were allowed."""
+
+    reason = "too-large"
+
+
 # --- what others call ------------------------------------------------------------------------------------------------
 
 
@@ -52,7 +58,7 @@ def fetch(
     Raises Damaged where the content is not what `sha256` says, FetchError for everything else.
     """
     if size is not None and size > limit:
-        raise FetchError(f"{shown(url)} has {size} bytes, more than the {limit} that are allowed")
+        raise TooLarge(f"{shown(url)} has {size} bytes, more than the {limit} that are allowed")
     if sha256 is not None and _digest(target) == sha256:
         return sha256
     with _Partial(url, target, limit if size is None else size) as partial:
@@ -175,7 +181,7 @@ def _ask_for_all(url: str, timeout: float) -> Answer:
 
 def _blocks(url: str, answer: Answer, most: int, timeout: float) -> Iterator[bytes]:
     """The bytes of an answer. Raises FetchError where the file has more than `most`, Broken where it ends early."""
-    too_much = FetchError(f"{shown(url)} has more than the {most} bytes that it may have")
+    too_much = TooLarge(f"{shown(url)} has more than the {most} bytes that it may have")
     if answer.total is not None and answer.total > most:
         raise too_much
     have = before = answer.start

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -13,8 +14,10 @@ from appliance.node.upgrade import cleaning, journal, obtain, records, staging
 from appliance.node.upgrade.node import Node, look
 from appliance.node.upgrade.obtain import trust
 from appliance.node.upgrade.request import FAILED, NOTHING
+from appliance.node.upgrade.services import ServiceError
 from appliance.node.upgrade.web import FetchError
 from appliance.node.upgrade.worker import lock, previous
+from appliance.node.versions import order
 
 Answer = dict[str, Any]
 
@@ -25,7 +28,11 @@ def answer(verb: str, options: argparse.Namespace) -> Answer:
     try:
         return VERBS[verb](look(), options)
     except FetchError as error:
-        return {"status": FAILED, "outcome": "failed", "reason": error.reason, "message": str(error)}
+        return {
+            "status": FAILED, "outcome": "failed", "reason": error.reason, "message": error.message, "hint": error.hint
+        }  # fmt: skip
+    except ServiceError as error:
+        return {"status": FAILED, "outcome": "failed", "reason": "failed", "message": str(error)}
     except journal.JournalError as error:
         return {"status": FAILED, "outcome": "failed", "reason": "journal", "message": str(error)}
 
@@ -34,12 +41,29 @@ def _silent(_state: str, _done: int, _total: int) -> None:
     pass
 
 
+def _told(options: argparse.Namespace) -> obtain.Report:
+    """Shows how far something is, where people look."""
+
+    def told(state: str, done: int, total: int) -> None:
+        if total:
+            print(f"\r\x1b[K{state} {done * 100 // total:3} %", end="", file=sys.stderr, flush=True)
+
+    return told if sys.stderr.isatty() and not options.json else _silent
+
+
+def _fetching(source: str) -> AbstractContextManager[None]:
+    """Only one fetches at a time: nobody, for a file that is here. Raises Busy."""
+    return nullcontext() if source and "://" not in source else lock()
+
+
 def check(node: Node, _options: argparse.Namespace) -> Answer:
     index = obtain.newest(node, trust())
-    newer = index.newest.manifest != node.running.digest
     facts = {"running": node.running.id, "newest": index.newest.version, "channel": node.settings.channel}
-    if not newer:
+    if index.newest.manifest == node.running.digest:
         return {"status": NOTHING, "text": f"release {node.running.id} is the newest of the channel", **facts}
+    if order(index.newest.version) < order(node.running.manifest.version):
+        text = f"release {node.running.id} is newer than the channel's newest, {index.newest.version}"
+        return {"status": NOTHING, "text": text, **facts}
     failed = journal.failed_before(node.root, index.newest.manifest)
     text = f"release {index.newest.version} is there; release {node.running.id} runs"
     if failed:
@@ -52,7 +76,9 @@ def info(node: Node, options: argparse.Namespace) -> Answer:
         return status(node, options)
     from appliance.node.bundle import read_info
 
-    found = read_info(options.source, trust())
+    with _fetching(options.source):
+        path = obtain.local(node, options.source, _told(options))
+    found = read_info(path, trust())
     start = f"release {found.from_version}" if found.from_version else "any release"
     lines = [
         f"{start} -> release {found.version} ({found.layout}, {found.architecture})",
@@ -63,11 +89,13 @@ def info(node: Node, options: argparse.Namespace) -> Answer:
 
 
 def plan(node: Node, options: argparse.Namespace) -> Answer:
-    wanted = obtain.chain(node, options.source, trust(), _silent, allow_downgrade=options.allow_downgrade)
-    if not wanted.files or wanted.goal == node.running.digest:
-        message = f"release {node.running.id} is the newest"
-        return {"status": NOTHING, "outcome": "nothing", "message": message}
-    return obtain.describe(node, wanted, _silent, allow_downgrade=options.allow_downgrade)
+    """What is fetched for it stays for the upgrade itself; a bundle's file is only read."""
+    with _fetching(options.source):
+        wanted = obtain.chain(node, options.source, trust(), _told(options), allow_downgrade=options.allow_downgrade)
+        if not wanted.files or wanted.goal == node.running.digest:
+            message = f"release {node.running.id} is the newest" if not options.source else f"{node.running.id} runs"
+            return {"status": NOTHING, "outcome": "nothing", "message": message}
+        return obtain.describe(node, wanted, _told(options), allow_downgrade=options.allow_downgrade)
 
 
 def status(node: Node, _options: argparse.Namespace) -> Answer:
@@ -110,11 +138,10 @@ def _entry(entry: Mapping[str, Any]) -> str:
 
 
 def verify(node: Node, options: argparse.Namespace) -> Answer:
-    def told(done: int, total: int) -> None:
-        if sys.stderr.isatty() and not options.json:
-            print(f"\r\x1b[K{done * 100 // total} %", end="", file=sys.stderr, flush=True)
-
-    wrong = staging.verify(node.root, node.running.manifest, node.name, told)
+    told = _told(options)
+    wrong = staging.verify(
+        node.root, node.running.manifest, node.name, lambda done, total: told("verify", done, total)
+    )  # fmt: skip
     text = "\n".join(wrong) or f"every file of release {node.running.id} is as it was made"
     return {"status": FAILED if wrong else 0, "text": text, "release": node.running.id, "wrong": wrong}
 

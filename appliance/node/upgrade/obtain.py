@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,13 @@ from appliance.node import channel
 from appliance.node.bundle import check_fit, open_bundle, read_info
 from appliance.node.keys import PUBLIC, KeyFileError, Trust, key_id, load_trust, parse_key
 from appliance.node.plan import classify
-from appliance.node.refusals import NoWay
+from appliance.node.refusals import NoRoom, NoWay
 from appliance.node.release import Manifest, parse
 from appliance.node.upgrade import fetch
 from appliance.node.upgrade.node import COUNTER, INCOMING, KEY_CREDENTIAL, KEY_FOLDERS, Node, NotUpgradable
 from appliance.node.upgrade.records import Held, read_small
-from appliance.node.upgrade.staging import stage
+from appliance.node.upgrade.retention import MARGIN, need
+from appliance.node.upgrade.staging import free, stage
 
 Report = Callable[[str, int, int], None]
 
@@ -50,7 +52,7 @@ def trust() -> Trust:
                 public = parse_key(line, PUBLIC)
                 keys[key_id(public)] = public
     except KeyFileError as error:
-        raise NotUpgradable(f"a key cannot be read: {error}", hint="correct or remove that file") from error
+        raise NotUpgradable(f"a trusted key cannot be read: {error}", hint="correct or remove it") from error
     return Trust(keys, revoked)
 
 
@@ -78,18 +80,19 @@ def chain(node: Node, source: str, keys: Trust, report: Report, *, allow_downgra
     Raises a Refusal, FetchError or OSError.
     """
     if source:
-        path = source if os.path.exists(source) else _fetched(source, report)
+        path = local(node, source, report)
         return Chain((path,), read_info(path, keys).manifest, keys)
     index = newest(node, keys)
     held = list(held_manifests(node))
     entries = channel.plan(index, node.running.manifest.version, held, allow_downgrade=allow_downgrade)
-    files = []
-    for entry in entries:
-        target = os.path.join(INCOMING, entry.file)
-        os.makedirs(INCOMING, exist_ok=True)
+    files = [os.path.join(INCOMING, entry.file) for entry in entries]
+    os.makedirs(INCOMING, exist_ok=True)
+    if entries:
+        have = sum(_size(file, file + fetch.PARTIAL) for file in files)
+        need([sum(entry.size for entry in entries) - have], free(node.root))
+    for entry, target in zip(entries, files, strict=True):
         url = fetch.bundle_url(node.settings.channel, entry)
         fetch.fetch(url, target, size=entry.size, sha256=entry.sha256, progress=_to(report, "fetch"))
-        files.append(target)
     return Chain(tuple(files), index.newest.manifest, keys.revoking(index.revoked))
 
 
@@ -97,11 +100,27 @@ def _to(report: Report, state: str) -> Callable[[int, int], None]:
     return lambda done, total: report(state, done, total)
 
 
-def _fetched(url: str, report: Report) -> str:
+def _size(*paths: str) -> int:
+    """Bytes of the first of the files that is here."""
+    for path in paths:
+        with suppress(OSError):
+            return os.stat(path).st_size
+    return 0
+
+
+def local(node: Node, source: str, report: Report) -> str:
+    """A bundle's path, once it is fetched where `source` is an address. Raises a Refusal, FetchError or OSError."""
+    if "://" not in source:
+        return source
     os.makedirs(INCOMING, exist_ok=True)
-    name = hashlib.sha256(url.encode()).hexdigest()[:16] + ".bundle"
-    target = os.path.join(INCOMING, name)
-    fetch.fetch(url, target, progress=_to(report, "fetch"))
+    target = os.path.join(INCOMING, hashlib.sha256(source.encode()).hexdigest()[:16] + ".bundle")
+    room = free(node.root) + _size(target + fetch.PARTIAL) - MARGIN
+    try:
+        fetch.fetch(source, target, limit=max(0, min(room, fetch.LIMIT)), progress=_to(report, "fetch"))
+    except fetch.TooLarge as error:
+        if room >= fetch.LIMIT:
+            raise
+        raise NoRoom(f"{error.message}: more is not free") from error
     return target
 
 
