@@ -243,6 +243,8 @@ def run(job: Job, start: str = "hold") -> Outcome:
         except (services.ServiceError, Failed, OSError) as error:
             if state == "open":
                 return _leave(job, job.journal.old_data, str(error))
+            if state == "switch" and services.restarting():
+                return _outcome(job, "restarting")
             return undo(job, state, str(error))
         if trouble and job.old.manifest.schema_level == job.new.manifest.schema_level:
             return _leave(job, job.journal.new_data, trouble)

@@ -77,7 +77,7 @@ def _old_runs(job: Job, runs: tuple[str, int]) -> Outcome:
 
 def after_end(report: Report) -> Outcome | None:
     """Undo, or finish, what an ended process left in this boot. Returns None where nothing is to be done."""
-    if restarting():
+    if services.restarting():
         return None
     try:
         node = look()
@@ -98,14 +98,6 @@ def after_end(report: Report) -> Outcome | None:
         return engine.run(job, "open")
     state = "health" if begun.state in ("commit", "open") else begun.state
     return engine.undo(job, state, BROKEN_OFF)
-
-
-def restarting() -> bool:
-    """Whether the system is on its way down, so that the next boot decides."""
-    try:
-        return services.systemctl("is-system-running").strip() == "stopping"
-    except services.ServiceError as error:
-        return "stopping" in str(error)
 
 
 def set_aside(reason: str) -> None:

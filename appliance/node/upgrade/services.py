@@ -59,6 +59,14 @@ def systemctl(*words: str) -> str:
     return run("systemctl", "--no-ask-password", *words)
 
 
+def restarting() -> bool:
+    """Whether the system is on its way down, so that the next start decides."""
+    try:
+        return systemctl("is-system-running").strip() == "stopping"
+    except ServiceError as error:
+        return "stopping" in str(error)
+
+
 # --- the front door --------------------------------------------------------------------------------------------------
 
 
