@@ -332,7 +332,7 @@ LIVE_DATA, COPY = btrfs.Subvolume(256, b"a", b""), btrfs.Subvolume(257, b"b", b"
 
 
 def look(release: str, data: btrfs.Subvolume = LIVE_DATA, content: str = "same", record: str = "selected") -> Look:
-    return Look(Choice(record, release, "k", data.id), "", data, content, newer=False)
+    return Look(Choice(record, release, "k", data.id), data, content)
 
 
 def judge(*marks: Mark) -> Judge:
@@ -358,7 +358,24 @@ def test_an_operation_passes_its_states_in_order() -> None:
     findings = one.finish()
     assert findings.changes == [(0, OLD), (4, KEPT), (6, NEW)]
     assert (findings.flushes, findings.others) == (4, 3)
-    assert str(findings).startswith("4 flushes, 3 other cuts (0 between superblocks): 1.0 with live data -> ")
+    assert str(findings).startswith("4 flushes, 3 other cuts (0 between superblocks, 0 with a trial): 1.0 with live")
+
+
+def test_a_trial_is_of_the_new_release_and_on_other_data() -> None:
+    log = numbered("wf" * 10)
+    one = Judge(Operation("upgrade", 0, len(log), (OLD, KEPT, NEW), tried=NEW), log)
+    one.see(flush(0), look("1.0"))
+
+    def trial(of: Look, release: str, data: btrfs.Subvolume) -> Look:
+        return replace(of, tried=Choice("try", release, "k", data.id), tried_data=data)
+
+    one.see(flush(1), trial(look("1.0", COPY), "1.1", LIVE_DATA))
+    assert one.findings.tried == 1
+    with pytest.raises(Violation, match=r"1\.2 with live data is tried, instead of 1\.1"):
+        one.see(flush(2), trial(look("1.0", COPY), "1.2", LIVE_DATA))
+    other = Judge(replace(one.operation, states=(OLD, NEW)), log)
+    with pytest.raises(Violation, match="on the very data"):
+        other.see(flush(2), trial(look("1.0"), "1.1", LIVE_DATA))
 
 
 @pytest.mark.parametrize(
@@ -366,7 +383,7 @@ def test_an_operation_passes_its_states_in_order() -> None:
     [
         (flush(2), look("1.2"), "1.2 with live data boots, which is none of"),
         (flush(2), look("1.1", COPY), "1.1 with snapshot data boots, which is none of"),
-        (flush(2), look("1.0", btrfs.Subvolume(9, b"c", b"d")), "1.0 with other 9 data boots"),
+        (flush(2), look("1.0", btrfs.Subvolume(9, b"c", b"d")), "1.0 with other data boots"),
         (flush(2), look("1.0"), "boots again, after 1.0 with snapshot data did"),
         (between(1), look("1.0"), "boots again"),
         (flush(3), look("1.0", COPY), "although it had come to 1.1 with live data"),

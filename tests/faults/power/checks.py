@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Self
 
 from appliance.node import disklayout, paths
-from appliance.node.release import ReleaseError, parse, parse_layers
-from appliance.node.upgrade.records import KERNEL_FILES, Choice, choose
+from appliance.node.release import File, Manifest, ReleaseError, parse, parse_layers
+from appliance.node.upgrade.records import KERNEL_FILES, TRY, Choice, choose, read_record
 from appliance.run import run
 from tests.faults.power import btrfs
 from tests.faults.power.replay import Disk
 
 OPTIONS = {"subvolid": "5", "rescue": "nologreplay"}  # as GRUB sees it, which knows no log tree
+ENVIRONMENT, ENVIRONMENT_SIZE = b"# GRUB Environment Block\n##########", 1024  # as it is on a fresh disk
 SUBVOLUME_INODE = 256  # of every subvolume's top
 
 
@@ -31,10 +32,11 @@ class Look:
     """What the next power-on boots."""
 
     choice: Choice
-    manifest: str  # sha256 of the release's manifest
     data: btrfs.Subvolume
     content: str  # digest of all that the data subvolume's tree holds
-    newer: bool  # GRUB reads a newer transaction than Linux does
+    newer: bool = False  # GRUB reads a newer transaction than Linux does
+    tried: Choice | None = None  # what GRUB boots before that, once
+    tried_data: btrfs.Subvolume | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +59,16 @@ class Cache:
 
 
 class Viewer:
-    """Looks into the state partition of a disk, again and again. Use it as a context manager."""
+    """Looks into the state partition of a disk, again and again. Use it as a context manager.
 
-    def __init__(self, disk: Disk, start: int = disklayout.STATE_START, end: int = 0) -> None:
-        self.disk, self.start = disk, start
+    `files` are the size and digest of every file of every release that may come to be there, by path.
+    """
+
+    def __init__(
+        self, disk: Disk, files: Mapping[str, File], start: int = disklayout.STATE_START, end: int = 0
+    ) -> None:
+        self.disk, self.files, self.start = disk, files, start
+        self._environment = _find(disk, ENVIRONMENT, disklayout.ESP_START, disklayout.ESP_START + disklayout.ESP_SIZE)
         self.length = (end or disk.size - disklayout.TAIL) - start
         self.cache = Cache()
         self._chunks: list[btrfs.Chunk] = []
@@ -92,22 +100,25 @@ class Viewer:
     def look(self) -> Look:
         """What GRUB chooses, once it is known to be whole as Linux sees it. Raises Violation.
 
-        Must be called within a trial of the disk where GRUB and Linux may see different transactions.
+        Must be called within a trial of the disk.
         """
         other = btrfs.superblock_of_grub(*(self._superblock(place) for place in (btrfs.PRIMARY, btrfs.MIRROR)))
-        choice: Choice | None = None
+        choices: tuple[Choice, Choice | None] | None = None
         if other is not None:
             with self._instead(other), self.mounted() as root:
-                choice = self._choice(root)
+                choices = self._choose(root)
         with self.mounted() as root:
-            if choice is None:
-                choice = self._choice(root)
+            choice, tried = choices or self._choose(root)
             try:
-                manifest = self._release(root, choice)
+                self._release(root, choice)
                 data, content = self._data(root, choice.data)
+                if tried:
+                    self._release(root, tried)
+                    tried_data, _content = self._data(root, tried.data)
+                self._finished_files(root)
             except OSError as error:
                 raise Violation(f"{choice}: {error.filename or ''} cannot be read: {error.strerror}") from error
-        return Look(choice, manifest, data, content, other is not None)
+        return Look(choice, data, content, other is not None, tried, tried_data if tried else None)
 
     def _superblock(self, place: int) -> bytes:
         return self.disk.content(self.start + place, btrfs.SUPER_SIZE)
@@ -121,16 +132,29 @@ class Viewer:
         finally:
             self.disk.put(self.start + btrfs.PRIMARY, first)
 
-    def _choice(self, root: Path) -> Choice:
+    def _choose(self, root: Path) -> tuple[Choice, Choice | None]:
+        """What GRUB boots, and what it tries before that."""
         choice = choose(str(root))
         if choice is None:
             raise Violation("there is nothing that GRUB could boot")
-        return choice
+        if b"\nnext_entry=try\n" not in self.disk.content(self._environment, ENVIRONMENT_SIZE):
+            return choice, None
+        record = read_record(str(root), TRY)
+        if record is None:
+            return choice, None
+        return choice, Choice("try", record.release, record.kernel, record.data)
 
     # --- the release -------------------------------------------------------------------------------------------------
 
-    def _release(self, root: Path, choice: Choice) -> str:
-        """The digest of the manifest, once every file that it names has the right content."""
+    def _finished_files(self, root: Path) -> None:
+        """Whatever has its final name and size is taken for finished by the next upgrade."""
+        for name, file in self.files.items():
+            path = root / name
+            if path.exists() and path.stat().st_size == file.size and self.digest(path) != file.digest:
+                raise Violation(f"{name} has its name and its size, but not its content")
+
+    def _release(self, root: Path, choice: Choice) -> None:
+        """Raises Violation unless every file that the manifest names has the right content."""
         folder = root / paths.RELEASES / choice.release
         content = (folder / "release.json").read_bytes()
         try:
@@ -148,7 +172,6 @@ class Viewer:
         for path, digest in wanted.items():
             if self.digest(path) != digest:
                 raise Violation(f"{choice}: {path.relative_to(root)} has not the content that its digest says")
-        return hashlib.sha256(content).hexdigest()
 
     def digest(self, path: Path) -> str:
         """The sha256 of a file of the top subvolume, read once for each state of its bytes on the disk."""
@@ -222,6 +245,27 @@ class Viewer:
         with file.open("rb", buffering=0) as stream:
             while read := len(stream.read(1 << 20)):
                 self.cache.read += read
+
+
+def files_of(manifest: Manifest) -> dict[str, File]:
+    """The files of a release by their path on the state partition."""
+    kernel = manifest.kernel
+    files = {
+        f"{paths.LAYERS}/{paths.image_name(one.kind, one.digest)}": File(one.digest, one.size)
+        for one in manifest.layers
+    }
+    for name, file in zip(KERNEL_FILES, (kernel.vmlinuz, kernel.initrd), strict=True):
+        files[f"{paths.KERNELS}/{kernel.id}/{name}"] = file
+    return files
+
+
+def _find(disk: Disk, wanted: bytes, start: int, end: int) -> int:
+    """The place of the only occurrence of some bytes in a range of the disk, 0 where there is none."""
+    content = disk.content(start, end - start)
+    place = content.find(wanted)
+    if place >= 0 and content.find(wanted, place + 1) >= 0:
+        raise ValueError(f"the disk has {wanted!r} more than once")
+    return start + place if place >= 0 else 0
 
 
 def unpack_tree(found: Iterable[btrfs.Item]) -> Tree:

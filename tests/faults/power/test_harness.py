@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,12 @@ from appliance.bundle import ReleaseFiles
 from appliance.console import Console
 from appliance.model import ToolBox
 from appliance.node import paths
-from appliance.node.release import boot_record, dump_layers
+from appliance.node.release import File, boot_record, dump_layers
 from appliance.node.upgrade import records
 from appliance.pipeline import Options, build_release
 from appliance.run import run
 from tests.faults.power import cuts, exported, logwrites
-from tests.faults.power.checks import Viewer, Violation
+from tests.faults.power.checks import Viewer, Violation, files_of
 from tests.faults.power.replay import Disk
 from tests.faults.power.timeline import LIVE, SNAPSHOT, Findings, Mark, Operation, State, prove
 from tests.unit.releases import Maker
@@ -90,11 +90,13 @@ class Range:
     tools: ToolBox
     log: Path
     honest: bool = True  # otherwise the disk ignores flushes
+    files: Mapping[str, File] = field(default_factory=dict)
 
     def run(self, writer: Callable[[Stage], list[Mark]], states: tuple[State, ...], count: int = 60) -> Findings:
         releases = Maker(self.folder / "files")
         releases.folder.mkdir()
         old, new = releases.release("1.0"), releases.release("1.1", library=b"a newer library" * 40_000)
+        self.files = files_of(old.manifest) | files_of(new.manifest)
         image, first = self._disk(old)
         with exported.logged_device(image, self.log, self.folder) as device:
             root = self.folder / "root"
@@ -130,7 +132,7 @@ class Range:
         operation = Operation("test", first, len(log), states, tuple(marks))
         near = [entry.index for entry in log if entry.flush]
         others = cuts.reordered(log, count, SEED, first=first, near=near)
-        with Disk(image, self.log) as disk, Viewer(disk, 0, SIZE) as viewer:
+        with Disk(image, self.log) as disk, Viewer(disk, self.files, 0, SIZE) as viewer:
             return prove(disk, viewer, log, operation, others)
 
 
@@ -209,6 +211,22 @@ def test_a_rename_before_the_data_is_on_the_disk_is_caught(logged: Range) -> Non
         return []
 
     wrong(logged, upgrade, "has not the content|nothing that GRUB could boot|broken", (OLD, NEW))
+
+
+def test_a_name_before_the_content_is_caught(logged: Range) -> None:
+    """The next upgrade would take the file for finished."""
+
+    def upgrade(stage: Stage) -> list[Mark]:
+        record = stage.new.manifest.layers[0]
+        path = stage.root / paths.LAYERS / paths.image_name(record.kind, record.digest)
+        with path.open("wb") as file:
+            file.truncate(record.size)
+            stage.snapshot(1, 2)
+            file.write(stage.new.files[record.digest].read_bytes())
+        stage.commit()
+        return []
+
+    wrong(logged, upgrade, "has its name and its size, but not its content", (OLD,))
 
 
 def test_a_migration_before_the_snapshot_is_selected_is_caught(logged: Range) -> None:

@@ -12,7 +12,7 @@ from tests.faults.power.cuts import Cut, after_flushes, replay
 from tests.faults.power.logwrites import Entry
 from tests.faults.power.replay import Disk
 
-LIVE, SNAPSHOT = "live", "snapshot"
+LIVE, SNAPSHOT, OTHER = "live", "snapshot", "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class State:
     """What boots: a release, and which data as seen from the operation's beginning."""
 
     release: str
-    data: str  # LIVE: the data that ran then; SNAPSHOT: a snapshot of it; otherwise "other N"
+    data: str  # LIVE: the data that ran then; SNAPSHOT: a snapshot of it; OTHER: anything else
 
     def __str__(self) -> str:
         return f"{self.release} with {self.data} data"
@@ -43,6 +43,8 @@ class Operation:
     last: int  # index behind its last entry
     states: tuple[State, ...]
     marks: tuple[Mark, ...] = ()
+    tried: State | None = None  # what may be booted once before
+    comes_back: bool = False  # the snapshot is what runs in the end, so it changes
 
 
 @dataclass
@@ -52,11 +54,13 @@ class Findings:
     flushes: int = 0
     others: int = 0
     newer: int = 0  # cuts at which GRUB saw a newer transaction than Linux
+    tried: int = 0  # cuts after which a release is tried
     changes: list[tuple[int, State]] = field(default_factory=list)  # number of flushed entries, and what booted then
 
     def __str__(self) -> str:
         passed = " -> ".join(str(state) for _flushed, state in self.changes)
-        return f"{self.flushes} flushes, {self.others} other cuts ({self.newer} between superblocks): {passed}"
+        special = f"{self.newer} between superblocks, {self.tried} with a trial"
+        return f"{self.flushes} flushes, {self.others} other cuts ({special}): {passed}"
 
 
 class Judge:
@@ -86,7 +90,8 @@ class Judge:
         else:
             self._pending.append((cut, rank))
             self.findings.others += 1
-            self.findings.newer += look.newer
+        self.findings.newer += look.newer
+        self.findings.tried += look.tried is not None
 
     def finish(self) -> Findings:
         """Raises Violation where the operation did not come to its last state."""
@@ -106,25 +111,31 @@ class Judge:
 
     def _rank_of(self, look: Look) -> int:
         """How far the operation has come."""
-        state = self._state(look)
+        state = self._state(look.choice.release, look.data)
         if look.choice.record != "selected":
             raise Violation(f"the selected record is broken, so that {state} boots")
         if state not in self.operation.states:
             raise Violation(f"{state} boots, which is none of: {', '.join(map(str, self.operation.states))}")
-        if state.data == SNAPSHOT:
+        if look.tried and look.tried_data:
+            self._check_trial(self._state(look.tried.release, look.tried_data), look)
+        if state.data == SNAPSHOT and not self.operation.comes_back:
             if self._snapshot and self._snapshot != look.content:
                 raise Violation("the snapshot of the data is not what it was")
             self._snapshot = look.content
         return self.operation.states.index(state)
 
-    def _state(self, look: Look) -> State:
+    def _check_trial(self, state: State, look: Look) -> None:
+        if state != self.operation.tried:
+            raise Violation(f"{state} is tried, instead of {self.operation.tried}")
+        if look.tried_data == look.data:
+            raise Violation(f"{state} is tried on the very data that the power-on after it boots")
+
+    def _state(self, release: str, data: Subvolume) -> State:
         if self._begin is None:
-            self._begin = look.data
-        if look.data.uuid == self._begin.uuid:
-            return State(look.choice.release, LIVE)
-        if look.data.parent == self._begin.uuid:
-            return State(look.choice.release, SNAPSHOT)
-        return State(look.choice.release, f"other {look.choice.data}")
+            self._begin = data
+        if data.uuid == self._begin.uuid:
+            return State(release, LIVE)
+        return State(release, SNAPSHOT if data.parent == self._begin.uuid else OTHER)
 
     def _name(self, rank: int) -> str:
         return str(self.operation.states[rank])
