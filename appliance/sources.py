@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,8 @@ from appliance.yamlfile import add_fault
 
 CONTENTS = ("recipe.yaml", "README.md", "templates", "files", "checks")
 ROOTS = ("/etc/", "/opt/samepage/")
-_LEFT_OUT = ("__pycache__",)
+ASIDE = re.compile(r".*~|\.#.*|#.*#|\..*\.sw.|4913|\.goutputstream-.*|.*\.pyc|__pycache__|\.git")
+"""What editors and Python leave beside the files that are meant."""
 
 
 def find_sources(
@@ -37,7 +39,7 @@ def _refuse_strangers(project: Path, folder: Path, known: tuple[Path, ...], faul
     """Only known names may stand in a recipe's folder, so that a misspelt one is not silently ignored."""
     for path in sorted(folder.iterdir()):
         named = any(path in (one, *one.parents) for one in known)
-        if not named and path.name not in CONTENTS + _LEFT_OUT:
+        if not named and path.name not in CONTENTS and not ASIDE.fullmatch(path.name):
             hint = nearest(path.name, CONTENTS)
             faults.add(path.relative_to(project).as_posix(), 0, "", "has no meaning in a recipe's folder", hint)
 
@@ -64,7 +66,7 @@ def _walk(project: Path, folder: Path, prefix: str, template: bool, group: str, 
         path = Path(entry.path)
         place = Place(path.relative_to(project).as_posix())
         target = prefix + entry.name
-        if entry.name in _LEFT_OUT or entry.name.endswith(".pyc"):
+        if ASIDE.fullmatch(entry.name):
             continue
         if not (entry.name.isprintable() and entry.name.isascii()):
             add_fault(faults, place, "has a name with other than printable ASCII letters")

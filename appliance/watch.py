@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+
+from appliance.sources import ASIDE
 
 Snapshot = Mapping[str, tuple[int, int, int, int]]
 """Time of change, size, mode and inode of every file, by path."""
 
 PAUSE = 0.25  # seconds between two looks
 QUIET = 0.1  # seconds without a change after which an editor is taken to be done
-
-# What editors and Python leave beside the files that are meant.
-_ASIDE = re.compile(r".*~|\.#.*|#.*#|\..*\.sw.|4913|\.goutputstream-.*|.*\.pyc|__pycache__|\.git")
 
 
 def snapshot(folders: Iterable[Path]) -> Snapshot:
@@ -28,7 +26,7 @@ def snapshot(folders: Iterable[Path]) -> Snapshot:
         except OSError:  # it was removed meanwhile
             continue
         for entry in entries:
-            if _ASIDE.fullmatch(entry.name):
+            if ASIDE.fullmatch(entry.name):
                 continue
             try:
                 if entry.is_dir(follow_symlinks=False):

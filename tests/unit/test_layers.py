@@ -152,12 +152,10 @@ def test_a_release_packs_the_same_image_tighter(tools: FakeTools, store: Store) 
     assert len(levels) == 2
 
 
-def test_app_brings_the_node_tools_and_compiled_python(tools: FakeTools, store: Store) -> None:
+def test_app_brings_compiled_python(tools: FakeTools, store: Store) -> None:
     found = members(app(tools, store).image)
     assert found["bin/run"].mode == 0o755
     assert "lib/product/main.py" in found
-    assert "lib/appliance/node/paths.py" in found
-    assert found["lib/appliance/__init__.py"].size == 0
     tag = f"cpython-{sys.version_info.major}{sys.version_info.minor}"
     assert f"lib/product/__pycache__/main.{tag}.pyc" in found
 
