@@ -9,11 +9,12 @@ from contextlib import suppress
 
 from appliance.node.release import ReleaseError, parse_layers
 from appliance.node.upgrade import journal, records, retention, staging
-from appliance.node.upgrade.node import INCOMING, Node
+from appliance.node.upgrade.node import INCOMING, STATE, Node
 from appliance.node.upgrade.records import BootRecord, Held
 from appliance.node.upgrade.services import ServiceError, run
 
 Report = Callable[[str, int, int], None]
+_INCOMING = os.path.relpath(INCOMING, STATE) + "/"
 _FOLDERS = (records.LAYERS, records.KERNELS, records.RELEASES, "boot", journal.FOLDER)
 
 
@@ -53,12 +54,12 @@ def clean(node: Node, report: Report) -> retention.Plan:
         shutil.rmtree(_going(node, name))
         report("clean", number, steps)
     for path, _ in wanted.files:
-        whole = os.path.join(node.root, path)
         with suppress(FileNotFoundError):  # it was in one of the folders above
-            os.unlink(whole)
-        if path.startswith((records.KERNELS + "/", records.RELEASES + "/")):
-            with suppress(OSError):  # another file is in the folder, or it is gone
-                os.rmdir(os.path.dirname(whole))
+            os.unlink(os.path.join(node.root, path))
+    for folder in (records.KERNELS, records.RELEASES):
+        for name in os.listdir(os.path.join(node.root, folder)):
+            with suppress(OSError):  # it is in use
+                os.rmdir(os.path.join(node.root, folder, name))
     for data, _ in wanted.data:
         run("btrfs", "subvolume", "delete", os.path.join(node.root, records.DATA, str(data)))
     if not wanted.empty:
@@ -95,7 +96,7 @@ def _files(root: str) -> Iterator[tuple[str, int]]:
                 path = os.path.join(place, name)
                 inside = os.path.relpath(path, root)
                 layer = folder in (records.LAYERS, records.KERNELS)
-                if layer or records.PARTIAL in inside or place == INCOMING:
+                if layer or records.PARTIAL in inside or inside.startswith(_INCOMING):
                     yield inside, os.stat(path).st_size
 
 
