@@ -56,11 +56,13 @@ def read_settings(path: str = SETTINGS_FILE) -> Settings:
     hint = "correct recipes/node-tools and push it"
     try:
         with open(path, encoding="utf-8") as file:
-            found = dict(json.load(file))
+            found = json.load(file)
     except FileNotFoundError:
         return Settings()
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise NotUpgradable(f"{path} cannot be used: {error}", hint=hint) from error
+    if not isinstance(found, dict):
+        raise NotUpgradable(f"{path} is no object", hint=hint)
     known = {one.name: one.default for one in fields(Settings)}
     for name, default in known.items():
         if type(found.get(name, default)) is not type(default):
