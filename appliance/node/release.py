@@ -24,6 +24,7 @@ KINDS = ("base", "app", "config")
 
 _WORD = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+~_-]*\Z")  # safe as a file name, in the shell and in GRUB
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
+_NUMBER_LIMIT = 1 << 50
 _CMDLINE = re.compile(r"[\w=.,:/@+ -]*\Z", re.ASCII)
 
 
@@ -122,7 +123,7 @@ def parse(content: bytes) -> Manifest:
     """Read and check a manifest. Raises ReleaseError that names the first key that is wrong."""
     try:
         value = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ReleaseError(f"the manifest is not JSON: {error}") from error
     top = _Reader("", value)
     if top.number("format") != FORMAT:
@@ -186,8 +187,8 @@ class _Reader:
 
     def number(self, key: str) -> int:
         found: int = self.get(key, int)
-        if found < 0:
-            raise ReleaseError(f"{self.place}{key}: {found} is negative")
+        if not 0 <= found <= _NUMBER_LIMIT:
+            raise ReleaseError(f"{self.place}{key}: {found} is negative, or larger than anything")
         return found
 
     def child(self, key: str) -> _Reader:

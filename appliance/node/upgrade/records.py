@@ -23,6 +23,7 @@ DATA_FILE = "data"  # in the folder of a release that does not run: the number o
 PARTIAL = ".partial"
 _SYNC = 0x9408  # BTRFS_IOC_SYNC of linux/btrfs.h: writes all data and commits the transaction
 _LINE = re.compile(r"set ([a-z]+)='([\w=.,:/@+ ~-]*)'\Z", re.ASCII)
+_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+~_-]*\Z")  # of a folder under releases/ or kernels/
 _RECORD_LIMIT = 4096  # bytes
 _MANIFEST_LIMIT = 16 << 20
 
@@ -69,7 +70,8 @@ def parse_record(content: bytes) -> BootRecord | None:
             return None
         values[matched[1]] = matched[2]
     data = values.get("data", "")
-    if not values.get("release") or not values.get("kernel") or not data.isdigit() or len(data) > 9:
+    named = all(_NAME.match(values.get(key, "")) for key in ("release", "kernel"))
+    if not named or not data.isdigit() or len(data) > 9:
         return None
     return BootRecord(values["release"], values["kernel"], int(data), values.get("options", ""))
 
