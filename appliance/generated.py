@@ -49,6 +49,8 @@ def generated_files(
                 yield from _enabling_links(recipe, unit, rendered)
             if unit.hold:
                 yield _file(f"{UNITS}{unit.name}.d/samepage-gate.conf", _GATE, recipe.name, model)
+                file = UNITS + unit.name if unit.own else f"/usr/lib/systemd/system/{unit.name}"
+                yield _link(f"{UNITS}samepage-front-door.target.wants/{unit.name}", file, recipe)
         for name in recipe.mask:
             yield _link(UNITS + name, "/dev/null", recipe)
 
