@@ -5,7 +5,6 @@ Its release `1.0` is Debian 13 without its security updates, so that the upgrade
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,9 +13,7 @@ from pathlib import Path
 import pytest
 
 from appliance.pipeline import Options
-from appliance.targets import base, machinestate, qemu
-from tests.boot.samepage_site import Site
-from tests.upgrade.machines import DEADLINE, TARGET, Machine
+from tests.upgrade.machines import DEADLINE, Machine, freeze_node, wake_node
 from tests.variants import PROJECT, Variants, release_lock, replace, with_lock
 
 Wake = Callable[..., Machine]
@@ -43,27 +40,9 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Variants:
 
 @pytest.fixture(scope="session")
 def frozen(variants: Variants) -> Iterator[Path]:
-    """The frozen node, with a signed-in administrator's cookies beside it."""
+    """The frozen node: see machines.freeze_node."""
     folder = Path(tempfile.mkdtemp(prefix="samepage-upgrade-"))
-    image = variants.disk("1.0")
-    node = folder / "node"
-    node.mkdir()
-    request = base.Request("node", image, kind="disk")
-    key = TARGET._make_key(node)
-    qemu.prepare_disks(request, node)
-    base.save_request(request, node)
-    machine = Machine(qemu.start(request, node, {"ssh.authorized_keys.root": key}))
-    try:
-        machine.wait_healthy()
-        administrator = Site(machine.url, machine.ssh).administrator()
-        administrator.call("Items.create", title="before", body="written before any upgrade")
-        machine.ssh("sync")
-        machinestate.freeze(machine.instance, folder / "frozen")
-        (folder / "cookies.json").write_text(json.dumps(administrator.cookies))
-    except BaseException:
-        TARGET.down(machine.instance)
-        raise
-    yield folder / "frozen"
+    yield freeze_node(variants.disk("1.0"), folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -71,14 +50,10 @@ def frozen(variants: Variants) -> Iterator[Path]:
 def wake(frozen: Path, tmp_path: Path) -> Iterator[Wake]:
     """Wakes copies of the frozen node; they end with the test."""
     woken: list[Machine] = []
-    cookies = json.loads((frozen.parent / "cookies.json").read_text())
 
     def one(name: str = "copy") -> Machine:
-        machine = Machine(machinestate.wake(frozen, tmp_path, name), cookies)
-        woken.append(machine)
-        while not TARGET.reachable(machine.instance):
-            pass
-        return machine
+        woken.append(wake_node(frozen, tmp_path, name))
+        return woken[-1]
 
     yield one
     for machine in woken:

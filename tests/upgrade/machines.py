@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from appliance.targets import base, qemu
-from tests.boot.samepage_site import Client
+from appliance.targets import base, machinestate, qemu
+from tests.boot.samepage_site import Client, Site
 
 TARGET = qemu.Qemu()
 TOOL = "/opt/samepage/bin/samepage-upgrade-node"
 DEADLINE = 600.0  # seconds an upgrade may take on a slow machine that does other work too
+COOKIES = "cookies.json"  # of a signed-in administrator, beside the frozen node
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
@@ -114,6 +115,37 @@ class Machine:
     def stop(self) -> None:
         TARGET.down(self.instance)
         shutil.rmtree(self.instance.folder, ignore_errors=True)
+
+
+def freeze_node(image: Path, folder: Path) -> Path:
+    """Boot a disk, sign in, write one item, and freeze the node; the folder of the frozen one."""
+    home = folder / "node"
+    home.mkdir()
+    request = base.Request("node", image, kind="disk")
+    key = TARGET._make_key(home)
+    qemu.prepare_disks(request, home)
+    base.save_request(request, home)
+    machine = Machine(qemu.start(request, home, {"ssh.authorized_keys.root": key}))
+    try:
+        machine.wait_healthy()
+        administrator = Site(machine.url, machine.ssh).administrator()
+        administrator.call("Items.create", title="before", body="written before any upgrade")
+        machine.ssh("sync")
+        machinestate.freeze(machine.instance, folder / "frozen")
+        (folder / COOKIES).write_text(json.dumps(administrator.cookies))
+    except BaseException:
+        TARGET.down(machine.instance)
+        raise
+    return folder / "frozen"
+
+
+def wake_node(frozen: Path, project: Path, name: str) -> Machine:
+    """A copy of the frozen node, as soon as it answers."""
+    cookies = json.loads((frozen.parent / COOKIES).read_text())
+    machine = Machine(machinestate.wake(frozen, project, name), cookies)
+    while not TARGET.reachable(machine.instance):
+        time.sleep(0.1)
+    return machine
 
 
 @dataclass
