@@ -17,9 +17,7 @@ from tests.upgrade.machines import DEADLINE, Machine, freeze_node, wake_node
 from tests.variants import PROJECT, Variants, release_lock, replace, with_lock
 
 Wake = Callable[..., Machine]
-SETTINGS = replace(
-    "recipes/node-tools/recipe.yaml", 'channel: ""  #', 'channel: "file:///state/channel"  #'
-)
+SETTINGS = replace("recipes/node-tools/recipe.yaml", 'channel: ""  #', 'channel: "file:///state/channel"  #')
 TRIAL_SECONDS = 240
 TRIAL = replace("recipes/node-tools/recipe.yaml", "trial_seconds: 600", f"trial_seconds: {TRIAL_SECONDS}")
 

@@ -11,9 +11,8 @@ NGINX = replace("recipes/nginx/recipe.yaml", "worker_connections: 1024", "worker
 APP = replace(
     "recipes/samepage/files/opt/samepage/share/samepage/web/index.html", "<title>", "<title>New: "
 )  # fmt: skip
-WORKER = replace(
-    "recipes/samepage/templates/etc/systemd/system/samepage-worker.service.j2", "Description=Samepage's", "Description=A"
-)
+UNITS = "recipes/samepage/templates/etc/systemd/system"
+WORKER = replace(f"{UNITS}/samepage-worker.service.j2", "Description=Samepage's", "Description=A")
 
 
 def runs(node: Machine, variants: Variants, version: str) -> None:
@@ -41,7 +40,7 @@ def test_changed_template_reloads_one_unit_and_nothing_else(node: Machine, varia
     assert "worker_connections 1000;" in node.ssh("cat /etc/nginx/nginx.conf")
     assert "worker_connections 1000;" in node.ssh(f"nsenter -t {main.strip()} -m cat /etc/nginx/nginx.conf")
     runs(node, variants, "1.1")
-    assert node.tool("install", "/state/samepage-1.0-to-1.1.bundle") [0] == 2
+    assert node.tool("install", "/state/samepage-1.0-to-1.1.bundle")[0] == 2
     assert node.tool("rollback", "--yes")[1]["units"] == {"nginx.service": "reload"}
     runs(node, variants, "1.0")
 

@@ -1,0 +1,181 @@
+"""What an upgrade costs those who use the node: how soon a change is served, and how long a client waits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from http.client import HTTPConnection
+from pathlib import Path
+
+from appliance.lock import read_lock
+from appliance.pipeline import LOCK_FILE, Options
+from appliance.targets.qmp import Qmp
+from bench.measure import BenchError, scratch
+from bench.report import Figure, of_runs, paired_ratio
+from bench.workshop import Workshop
+from tests.upgrade.machines import TARGET, TOOL, Machine, freeze_node, wake_node
+from tests.variants import (
+    PROJECT,
+    Variants,
+    release_lock,
+    replace,
+    todays_lock,
+    with_lock,
+    without_kernel,
+)
+
+BENCH = "upgrades"
+PORT = replace("recipes/nginx/recipe.yaml", "public_port: 443 ", "public_port: 4443 ")
+PRODUCT = replace("recipes/samepage/files/opt/samepage/share/samepage/web/index.html", "<title>", "<title>New: ")
+PAUSE = 0.02  # seconds between two looks at what is served
+
+
+def upgrades(shop: Workshop) -> None:
+    """A changed template, a changed product, and new packages, each beside the plainest way to the same end."""
+    old = release_lock(Options(PROJECT).cache)
+    with scratch(shop.cache, "upgrades") as folder:
+        made = Variants(folder / "variants", (with_lock(old),))
+        image = made.disk("1.0")
+        made.release("1.1", PORT)
+        made.release("1.2", PRODUCT)
+        release = read_lock(folder / "variants/1.0" / LOCK_FILE)
+        made.release("2.0", with_lock(without_kernel(todays_lock(), release)))
+        frozen = freeze_node(image, folder)
+        template(shop, made, frozen, folder)
+        product(shop, made, frozen, folder)
+        packages(shop, made, frozen, folder)
+
+
+def template(shop: Workshop, made: Variants, frozen: Path, folder: Path) -> None:
+    """From the command to the new configuration served, beside `systemctl reload` of the same unit."""
+    node = wake_node(frozen, folder, "template")
+    try:
+        place = node.put(made.bundle("1.0", "1.1"), "/state/template.bundle")
+        ours, reloads = [], []
+        for _ in range(shop.rounds):
+            reloads.append(timed(lambda: node.ssh("systemctl reload nginx")))
+            ours.append(served(node, f"{TOOL} install {place} --yes", ":4443/"))
+            if node.tool("rollback", "--yes")[0]:
+                raise BenchError("the node did not go back to its first release")
+    finally:
+        node.stop()
+    shop.figures += [
+        of_runs(BENCH, "template: command to served", ours, "s"),
+        of_runs(BENCH, "template: systemctl reload", reloads, "s"),
+        Figure(BENCH, "template: to systemctl reload", paired_ratio(ours, reloads), "x", 3.0),
+    ]
+
+
+def product(shop: Workshop, made: Variants, frozen: Path, folder: Path) -> None:
+    """The longest that a client waits for the new product, beside `systemctl restart` of the same units."""
+    node = wake_node(frozen, folder, "product")
+    try:
+        place = node.put(made.bundle("1.0", "1.2"), "/state/product.bundle")
+        ours, restarts = [], []
+        for _ in range(shop.rounds):
+            restarts.append(wait_during(node, lambda: node.ssh("systemctl restart samepage samepage-worker")))
+            ours.append(wait_during(node, lambda: node.ssh(f"{TOOL} install {place} --yes")))
+            if node.tool("rollback", "--data=keep", "--yes")[0]:
+                raise BenchError("the node did not go back to its first release")
+    finally:
+        node.stop()
+    shop.figures += [
+        of_runs(BENCH, "product: longest wait", ours, "s"),
+        of_runs(BENCH, "product: longest wait, systemctl restart", restarts, "s"),
+        Figure(BENCH, "product: to systemctl restart", paired_ratio(ours, restarts), "x"),
+    ]
+
+
+def packages(shop: Workshop, made: Variants, frozen: Path, folder: Path) -> None:
+    """The longest that a client waits for new packages, by a soft reboot, beside the door's absence in a cold boot."""
+    bundle = made.bundle("1.0", "2.0")
+    ours, boots = [], []
+    for number in range(shop.rounds):
+        node = wake_node(frozen, folder, f"packages-{number}")
+        try:
+            place = node.put(bundle, "/state/packages.bundle")
+            install = f"{TOOL} install {place} --yes; true"  # its status says that the node restarts
+            ours.append(wait_during(node, partial(node.ssh, install), node.over))
+            boots.append(cold_boot(node))
+        finally:
+            node.stop()
+    shop.figures += [
+        of_runs(BENCH, "packages: longest wait (soft reboot)", ours, "s"),
+        of_runs(BENCH, "packages: no answer in a cold boot", boots, "s"),
+        Figure(BENCH, "packages: to a cold boot", paired_ratio(ours, boots), "x", 0.6),
+    ]
+
+
+# --- clocks ----------------------------------------------------------------------------------------------------------
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
+def location(node: Machine) -> str:
+    """Where the front door redirects to, which the template decides; empty while it does not answer."""
+    connection = HTTPConnection(node.instance.address, node.instance.ports["80"], timeout=600)
+    try:
+        connection.request("HEAD", "/")
+        return connection.getresponse().headers.get("Location", "")
+    except OSError:
+        return ""
+    finally:
+        connection.close()
+
+
+def served(node: Machine, command: str, sign: str) -> float:
+    """Seconds from a command until the front door answers with the sign."""
+    began = time.monotonic()
+    thread = threading.Thread(target=node.run, args=(command,))
+    thread.start()
+    while sign not in location(node):
+        if not thread.is_alive() and sign not in location(node):
+            raise BenchError(f"{command} ended without the change being served")
+        time.sleep(PAUSE)
+    took = time.monotonic() - began
+    thread.join()
+    return took
+
+
+def wait_during(node: Machine, work: Callable[[], object], then: Callable[[], object] = lambda: None) -> float:
+    """The longest that a read through the front door took meanwhile; they follow one another without a pause."""
+    waits: list[float] = []
+    over = threading.Event()
+
+    def read() -> None:
+        while not over.is_set():
+            waits.append(timed(lambda: node.client().call("Items.getList", query="", limit=1, offset=0)))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        work()
+        then()
+    finally:
+        over.set()
+        thread.join()
+    return max(waits)
+
+
+def cold_boot(node: Machine) -> float:
+    """Seconds from a reset of the machine until the product answers through the front door again."""
+    with Qmp(Path(node.instance.details["sockets"]) / "qmp") as qmp:
+        qmp.execute("system_reset")
+    began = time.monotonic()
+    while True:
+        try:
+            node.client().call("Items.getList", query="", limit=1, offset=0)
+            break
+        except Exception:  # refused, reset, or not ready: it is not there yet
+            if time.monotonic() - began > 600:
+                raise
+            time.sleep(PAUSE)
+    took = time.monotonic() - began
+    TARGET.hang_up(node.instance)
+    return took
