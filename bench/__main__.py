@@ -9,7 +9,7 @@ import click
 
 from appliance.console import Console
 from appliance.errors import ApplianceError
-from bench import boots, builds
+from bench import boots, builds, bundle
 from bench.measure import BenchError
 from bench.report import Report, table
 from bench.workshop import Workshop, machine, open_workshop
@@ -17,6 +17,7 @@ from bench.workshop import Workshop, machine, open_workshop
 BENCHMARKS: dict[str, Callable[[Workshop], None]] = {
     "cold": builds.cold, "change": builds.change, "write": builds.write, "size": builds.size,
     "mkosi": builds.beside_mkosi, "live": boots.live, "installed": boots.installed,
+    "bundle": bundle.bundle,
 }  # fmt: skip
 
 
@@ -27,10 +28,10 @@ BENCHMARKS: dict[str, Callable[[Workshop], None]] = {
 @click.option("--mirror", default="", help="Debian archive to use; the host's by default.")
 @click.option("--output", default="dist/bench.json", show_default=True, type=click.Path(path_type=Path))
 def main(names: tuple[str, ...], rounds: int, iso: Path | None, mirror: str, output: Path) -> None:
-    """Measure the builder and the appliance beside plain mmdebstrap, mkosi and an untuned Debian VM.
+    """Measure the builder and the appliance beside plain mmdebstrap, mkosi, an untuned Debian VM and other updaters.
 
-    NAMES are cold, change, write, size, mkosi, live and installed; all when none is given. Needs root for the peers. A
-    missed goal is shown, not an error; the exit status is 1 only when a benchmark could not run.
+    NAMES are cold, change, write, size, mkosi, live, installed and bundle; all when none is given. Needs root for the
+    peers. A missed goal is shown, not an error; the exit status is 1 only when a benchmark could not run.
     """
     console = Console()
     failures: dict[str, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -21,10 +22,16 @@ class BenchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one run took: `wall` and `cpu` (user and system of the whole process tree) in seconds."""
+    """What one run took: `wall` and `cpu` (user and system of the whole process tree) in seconds, and the most `memory`
+    (resident, in bytes) that the program itself had, without its children; 0 where it was not looked at.
+    """
 
     wall: float
     cpu: float
+    memory: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.wall + other.wall, self.cpu + other.cpu, max(self.memory, other.memory))
 
 
 def measure(
@@ -53,7 +60,7 @@ def measure(
         except FileNotFoundError as error:
             raise BenchError(f"the program {words[0]!r} is missing") from error
         try:
-            status, usage = _wait(process, started + timeout)
+            status, usage, memory = _wait(process, started + timeout)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -63,18 +70,29 @@ def measure(
     if process.returncode:
         tail = "\n".join("  | " + line for line in log.read_text(errors="replace").splitlines()[-15:])
         raise BenchError(f"status {process.returncode} of: {' '.join(words)}\n{tail}")
-    return Cost(wall, usage.ru_utime + usage.ru_stime)
+    return Cost(wall, usage.ru_utime + usage.ru_stime, memory)
 
 
-def _wait(process: subprocess.Popen[bytes], deadline: float) -> tuple[int, resource.struct_rusage]:
-    """os.wait4 with a deadline, precise to 5 ms."""
+def _wait(process: subprocess.Popen[bytes], deadline: float) -> tuple[int, resource.struct_rusage, int]:
+    """os.wait4 with a deadline, precise to 5 ms; with the peak of memory, which wait4 would mix with our own."""
+    memory = 0
     while True:
+        memory = max(memory, peak_memory(process.pid))
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
-            return status, usage
+            return status, usage, memory
         if time.monotonic() > deadline:
             raise BenchError(f"not finished in its time: {process.args!r}")
         time.sleep(0.005)
+
+
+def peak_memory(pid: int) -> int:
+    """The most bytes that a running process had in memory so far; 0 once it has ended."""
+    try:
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
 
 
 def cpu_of(pid: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,7 +33,10 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One measured value: `unit` is 's', 'CPU s', 'MB' (10^6 bytes) or 'x' (a ratio); `goal` is the most it may be."""
+    """One measured value: `unit` is 's', 'CPU s', 'KB', 'MB' (10^6 bytes) or 'x' (ratio); `goal`: the most it may be.
+
+    What could not be measured is not a number; `note` says why.
+    """
 
     bench: str
     name: str
@@ -59,7 +63,10 @@ class Report:
 
     def to_json(self) -> str:
         """Stable JSON with a verdict per figure."""
-        figures = [{**asdict(figure), "verdict": figure.verdict} for figure in self.figures]
+        figures = [
+            {**asdict(one), "value": None if math.isnan(one.value) else one.value, "verdict": one.verdict}
+            for one in self.figures
+        ]
         value = {"machine": self.machine, "figures": figures, "failures": self.failures}
         return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
@@ -73,6 +80,8 @@ def of_runs(
 
 def number(value: float, unit: str) -> str:
     """A value with as many digits as it deserves."""
+    if math.isnan(value):
+        return "missing"
     digits = 2 if unit == "x" or abs(value) < 10 else 1 if abs(value) < 100 else 0
     return f"{value:.{digits}f} {unit}"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,13 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from bench import mkosi
+from appliance.bundle import make as make_bundle
+from appliance.model import Lock, Package
+from bench import bundle, mkosi, peers, plain
 from bench.boots import HEALTHY, memory_in_use
 from bench.debian import source_lines
-from bench.measure import BenchError, cpu_of, disk_size, measure, remove_tree, scratch
+from bench.measure import BenchError, Cost, cpu_of, disk_size, measure, peak_memory, remove_tree, scratch
+from bench.peers import Given, Taken
 from bench.report import Figure, Report, median, number, of_runs, paired_ratio, spread, table
+from bench.states import Change
 from bench.vm import console_value
 from bench.workshop import LEFT_OUT, Build, Builder, Workshop
+from tests.unit.releases import NOISE, SIGNER, Maker
 
 PROJECT = Path(__file__).parents[2]
 MIRRORS = {"debian": "http://mirror.example/debian", "debian-security": "http://mirror.example/security"}
@@ -231,3 +238,134 @@ def test_the_projects_own_recipe_has_the_shape_that_the_benchmark_edits() -> Non
     recipe = PROJECT / "recipes/nginx"
     assert "\npackages: [" in (recipe / "recipe.yaml").read_text()
     assert list(recipe.rglob("*.conf.j2"))
+
+
+# --- bundles and their peers -----------------------------------------------------------------------------------------
+
+
+def test_measure_sees_the_memory_of_the_program_and_not_ours(tmp_path: Path) -> None:
+    ours = bytearray(80 << 20)
+    cost = measure(
+        [sys.executable, "-I", "-c", "x = bytearray(40 << 20); import time; time.sleep(.1)"], log=tmp_path / "log"
+    )
+    assert 40 << 20 <= cost.memory < len(ours)
+    assert peak_memory(os.getpid()) > len(ours)
+    total = cost + Cost(1, 2, 3)
+    assert (total.wall, total.cpu, total.memory) == (cost.wall + 1, cost.cpu + 2, cost.memory)
+
+
+def test_a_peer_that_is_missing_is_shown_so() -> None:
+    figure = Figure("bundle", "casync, layers", math.nan, "KB", note="the program 'casync' is missing")
+    assert table([figure]).splitlines()[1].split() == ["bundle", "casync,", "layers", "missing", *figure.note.split()]
+    assert figure.verdict == ""
+    assert json.loads(Report({}, (figure,)).to_json())["figures"][0]["value"] is None
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Given:
+    """Two trees that differ in a file, with files and images of them that are no real ones."""
+    for name, word in (("old", b"one"), ("new", b"two")):
+        (tmp_path / name / "etc").mkdir(parents=True)
+        (tmp_path / name / "etc/changed").write_bytes(word * 1000)
+        (tmp_path / name / "same").write_bytes(bytes(range(256)) * 500)
+    tars = tuple(peers.as_tar(tmp_path / name, tmp_path / f"{name}.tar") for name in ("old", "new"))
+    images = (tmp_path / "old.img", tmp_path / "new.img")
+    images[0].write_bytes(b"a" * 4096 + b"b" * 4096)
+    images[1].write_bytes(b"c" * 4096 + b"b" * 4096 + b"a" * 4096 + b"c" * 4096 + b"end")
+    return Given(tmp_path / "old", tmp_path / "new", ((tars[0], tars[1]),), (images,))
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_a_peer_makes_and_applies(name: str, given: Given, tmp_path: Path) -> None:
+    program = name.split()[0]
+    if program in peers.PROGRAMS and shutil.which(program) is None:
+        pytest.skip(f"needs {program}: {peers.APT_LINE}")
+    if program == "ostree" and os.geteuid() != 0:
+        pytest.skip("needs root, as files keep their owners")
+    (tmp_path / "work").mkdir()
+    taken = peers.PEERS[name](given, tmp_path / "work")
+    assert 0 < taken.size < 60_000
+
+
+def test_blocks_that_the_old_image_has_anywhere_are_not_fetched(given: Given, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    assert peers.block_index(given, tmp_path / "work").size == 2 * 4096
+
+
+def test_peers_that_are_not_installed_are_named(given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = peers.run_peers(given, tmp_path / "cache")
+    assert list(found) == list(peers.PEERS)
+    assert all("is missing" in str(found[name]) for name in found if name.split()[0] in peers.PROGRAMS)
+    assert isinstance(found["4 KiB block index"], Taken)
+
+
+def lock_of(**versions: str) -> Lock:
+    packages = tuple(
+        Package(name.replace("_", "-"), version, "amd64", "debian", name, 1, "0" * 64)
+        for name, version in versions.items()
+    )
+    return Lock("trixie", 1, {}, {"core": packages[:1], "full": packages, "tools": packages[1:]})
+
+
+def test_an_update_is_told_in_words() -> None:
+    old = lock_of(libc6="2.41-1", libc_bin="2.41-1", nginx="1.26", gone="1")
+    new = lock_of(libc6="2.41-2", libc_bin="2.41-2", nginx="1.26", fresh="2")
+    update = plain.Update("x", old, new, new, ())
+    assert plain.in_words(update.moved) == ["fresh 2 (new)", "gone 1 (gone)", "libc-bin, libc6 2.41-1 -> 2.41-2"]
+
+
+def test_the_old_kernel_is_kept_in_the_userspace_update() -> None:
+    old, new = lock_of(linux_image_1="1", nginx="1.26"), lock_of(linux_image_2="2", nginx="1.27")
+    mixed = plain.with_kernel_of(new, old)
+    assert [(one.name, one.version) for one in mixed.sets["full"]] == [("linux-image-1", "1"), ("nginx", "1.27")]
+    assert [one.name for one in mixed.sets["core"]] == ["linux-image-1"]
+    assert plain.same_tools(old, new).sets["tools"] == new.sets["tools"]
+    assert plain.same_tools(old, new).sets["full"] == old.sets["full"]
+
+
+def test_apt_prefers_the_suite_only_where_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APT_CONFIG", "/before")
+    with plain.preferring("trixie", tmp_path):
+        assert Path(os.environ["APT_CONFIG"]).read_text() == 'APT::Default-Release "trixie";\n'
+    assert os.environ["APT_CONFIG"] == "/before"
+    monkeypatch.delenv("APT_CONFIG")
+    with plain.preferring("trixie", tmp_path):
+        pass
+    assert "APT_CONFIG" not in os.environ
+
+
+def test_trees_share_what_is_the_same(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "opt/app").mkdir(parents=True)
+    (tree / "same").write_text("same")
+    (tree / "opt/app/old").write_text("old")
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app/new").write_text("new")
+    out = plain.with_files(tree, tmp_path / "out", {"opt/app": tmp_path / "app", "etc/file": tmp_path / "app/new"})
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
+        "etc/file",
+        "opt/app/new",
+        "same",
+    ]
+    assert (out / "same").samefile(tree / "same")
+    assert (tree / "opt/app/old").read_text() == "old"
+
+
+def test_the_nodes_own_code_applies_a_bundle_and_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    maker = Maker(tmp_path / "files")
+    old, new = maker.release(), maker.release("1.1", nginx=b"two", library=NOISE[:30_000])
+    path = make_bundle(old, new, SIGNER, tmp_path / "bundle").path
+    change = Change("x", old, new, lambda folder: (folder, folder))
+    root = tmp_path / "node"
+    root.mkdir()
+    words = (bundle._node_with(change, root), path, bundle._node(change), SIGNER.public.hex())
+    assert 0 < bundle._on_node("stage", *words).memory < 64 << 20
+    made = bundle._made(change)
+    assert sorted(file.name for file in made) == sorted(one.digest for one in new.manifest.layers if one.kind != "app")
+    assert {file.name for file in (root / "layers").iterdir() if not file.is_symlink()} == {
+        f"{layer.kind}-{layer.digest}.erofs" for layer in new.manifest.layers if layer.kind != "app"
+    }
+    assert bundle._on_node("copy", tmp_path / "out", *made).cpu > 0
+    assert (tmp_path / "out").read_bytes() == made[-1].read_bytes()
