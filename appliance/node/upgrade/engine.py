@@ -9,21 +9,23 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from appliance.node.plan import classify, touched_units
 from appliance.node.release import boot_record
-from appliance.node.upgrade import changes, journal, mounts, records, services, trial
+from appliance.node.upgrade import changes, journal, judging, mounts, records, services, trial
 from appliance.node.upgrade.journal import Journal
+from appliance.node.upgrade.judging import Failed, Shut
 from appliance.node.upgrade.node import Node
 from appliance.node.upgrade.records import Held
 
+CALLED_OFF = "it was called off"
+BROKEN_OFF = "the upgrade's process was ended"
+RESTARTED = "the machine was restarted, or lost its power, in mid-upgrade"
+BLAMELESS = (CALLED_OFF, BROKEN_OFF, RESTARTED)  # messages that say nothing against the release
+
 Report = Callable[[str, int, int], None]
 """Told the state, the bytes done and the bytes there are (0 and 0 where there is nothing to count)."""
-
-
-class Failed(Exception):
-    """A state could not be reached; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +37,6 @@ class Outcome:
     reason: str = ""
     message: str = ""
     seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What will happen. `changed` are the paths that differ, of a live upgrade."""
-
-    journal: Journal
-    old: Held
-    new: Held
-    needs: str  # the class that the difference asks for; `journal.depth` may be deeper
-    changed: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -69,61 +60,6 @@ class Job:
         self.journal = self.journal.at(state)
         journal.write(self.root, self.journal)
         self.report(state, 0, 0)
-
-
-# --- plan ------------------------------------------------------------------------------------------------------------
-
-
-def plan(
-    node: Node, new: Held, *, action: str = "upgrade", apply: str = "auto", data: str = "keep", stop_before: str = ""
-) -> Plan:
-    """What leads from the running release to `new`. `data`: "restore" takes the data that `new` left behind.
-
-    Raises OSError where layers cannot be looked at.
-    """
-    old = node.running
-    needs = classify(old.manifest, new.manifest, node.name)
-    restore = data == "restore" and new.data is not None
-    least = "soft-reboot" if restore else "live"
-    depth = max(needs, least, apply if apply in journal.CLASSES else "live", key=journal.CLASSES.index)
-    units: Mapping[str, str] = {}
-    changed: frozenset[str] = frozenset()
-    with_data = True
-    if needs in ("nothing", "live"):
-        changed, units, nodes = _differences(node, old, new)
-        schema = old.manifest.schema_level != new.manifest.schema_level
-        with_data = depth != "live" or schema or changes.concerns_data(nodes, units)
-    spare = max(records.data_numbers(node.root), default=0) + 1
-    begun = Journal(
-        state="plan", action=action, depth=depth, old=old.id, new=new.id, running_data=node.data,
-        old_data=node.data if restore or not with_data else spare,
-        new_data=spare if restore else node.data,
-        spare_data=new.data or 0, with_data=with_data, started=int(time.time()), stop_before=stop_before,
-        deadline=node.settings.trial_seconds, units=dict(units) if depth == "live" else {},
-    )  # fmt: skip
-    return Plan(begun, old, new, "live" if needs == "nothing" else needs, changed)
-
-
-def _differences(
-    node: Node, old: Held, new: Held
-) -> tuple[frozenset[str], Mapping[str, str], list[Mapping[str, object]]]:
-    """Paths that differ, what happens to units, and node.json of both; both releases have the same base."""
-    before, after = node.layers(old), node.layers(new)
-    kinds = [kind for kind in ("app", "config") if before[kind] != after[kind]]
-    mounts.keep_config(node.trees(old))
-    places = mounts.show(node.trees(new), kinds)
-    try:
-        changed: set[str] = set()
-        other: Mapping[str, object] = node.description
-        if "config" in places:
-            changed |= changes.changed_paths(mounts.CONFIG, places["config"])
-            other = changes.read_node(places["config"])
-        if "app" in places:
-            changed |= changes.changed_paths(mounts.APP, places["app"], mounts.APP)
-        units = touched_units(node.description, other, changed)
-        return frozenset(changed), units, [node.description, other]
-    finally:
-        mounts.hide()
 
 
 # --- the states ------------------------------------------------------------------------------------------------------
@@ -176,7 +112,7 @@ def migrate(job: Job) -> None:
 
 def health(job: Job) -> None:
     """Every probe but the front door's must succeed."""
-    wait_healthy(job, behind_door=job.journal.with_data)
+    judging.wait_healthy(job.node.settings.gate_seconds, behind_door=job.journal.with_data)
 
 
 def commit(job: Job) -> None:
@@ -193,7 +129,10 @@ def commit(job: Job) -> None:
 
 
 def open_door(job: Job) -> None:
-    """Clients go on. Once that was allowed, the data is never put back: it may hold what they were told is stored."""
+    """Clients go on. Once the door has served, the data is never put back: it may hold what they were told is stored.
+
+    Raises Shut where the door does not open, Failed where it opens and is not healthy.
+    """
     begun = job.journal
     if not begun.with_data:
         return
@@ -201,34 +140,28 @@ def open_door(job: Job) -> None:
     journal.write(job.root, job.journal)
     if job.in_boot:
         services.notify("READY=1")  # the door's units wait for this
-        return
-    for door in services.doors(changes.read_node("/")):
-        action = begun.units.get(door.unit, "none")
+    else:
+        for door in services.doors(changes.read_node("/")):
+            _open_one(door, begun.units.get(door.unit, "none"))
+    judging.wait_open()
+    judging.wait_healthy(job.node.settings.gate_seconds, behind_door=False)
+
+
+def _open_one(door: services.Door, action: str) -> None:
+    try:
         if action in ("reload", "restart"):
             services.take_over({door.unit: action}, ())
         else:
             services.release(door)
-
-
-def look_through_door(job: Job) -> str:
-    """What is wrong with the front door now that clients use it; empty when nothing is."""
-    if not job.journal.with_data:
-        return ""
-    shut = services.wait_running([door.unit for door in services.doors(changes.read_node("/"))], _DOOR_SECONDS)
-    if shut:
-        raise Failed(f"{shut} does not start\n{services.last_words([shut])}".rstrip())
-    try:
-        wait_healthy(job, behind_door=False)
-    except Failed as failure:
-        return str(failure)
-    return ""
+    except (services.ServiceError, OSError) as error:
+        if not services.serves(door.unit):
+            raise Shut(str(error)) from error
 
 
 ORDER: Mapping[str, Callable[[Job], None]] = {
     "hold": hold, "snapshot": snapshot, "switch": switch, "migrate": migrate, "health": health, "commit": commit,
     "open": open_door,
 }  # fmt: skip
-_DOOR_SECONDS = 60.0
 
 
 def run(job: Job, start: str = "hold") -> Outcome:
@@ -236,18 +169,13 @@ def run(job: Job, start: str = "hold") -> Outcome:
     for state in list(ORDER)[list(ORDER).index(start) :]:
         if state == job.journal.stop_before:
             return _stopped(job, state)
-        job.enter(state)
         try:
+            job.enter(state)
             ORDER[state](job)
-            trouble = look_through_door(job) if state == "open" else ""
-        except (services.ServiceError, Failed, OSError) as error:
-            if state == "open":
-                return _leave(job, job.journal.old_data, str(error))
-            if state == "switch" and services.restarting():
+        except Exception as error:  # whatever it is: a fault in this program must not leave the node half-way either
+            if services.restarting():
                 return _outcome(job, "restarting")
-            return undo(job, state, str(error))
-        if trouble and job.old.manifest.schema_level == job.new.manifest.schema_level:
-            return _leave(job, job.journal.new_data, trouble)
+            return undo(job, state, said(error)) if state != "open" else _after_commit(job, error)
         if state == "switch" and job.journal.depth != "live":
             return _outcome(job, "restarting", message=f"trying release {job.new.manifest.version}")
     return finish(job)
@@ -259,53 +187,74 @@ def _stopped(job: Job, state: str) -> Outcome:
     return _outcome(job, "stopped", message=f"stopped before {state}")
 
 
-def finish(job: Job) -> Outcome:
-    """The upgrade is over: remember it, and forget what only it needed."""
-    begun = job.journal
+def finish(job: Job, message: str = "") -> Outcome:
+    """The upgrade is over: remember it, and forget what only it needed. `message`: what is wrong nevertheless."""
+    begun = job.journal = replace(job.journal, message=message)
     trial.end()
     remember(job, "committed")
     if begun.spare_data and begun.spare_data not in (begun.new_data, begun.old_data):
         _remove_data(job, begun.spare_data)
-    return _outcome(job, "committed")
+    return _outcome(job, "committed", message)
+
+
+def said(error: Exception) -> str:
+    known = isinstance(error, (services.ServiceError, Failed, OSError))
+    return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 # --- when something fails --------------------------------------------------------------------------------------------
 
 
 def undo(job: Job, state: str, reason: str) -> Outcome:
-    """Back to the old release and the old data, from whatever state before the commit has been entered."""
+    """Back to the old release and the old data, from whatever state has been entered."""
     begun = job.journal = replace(job.journal, failed=True, reason=state, message=reason)
-    journal.write(job.root, begun)
+    with suppress(OSError):  # no room, perhaps: what is undone is undone all the same
+        journal.write(job.root, begun)
     job.report("undo", 0, 0)
-    if state in ("hold", "snapshot") or (state == "switch" and begun.depth != "live"):
-        return _call_off(job)
-    if begun.with_data or begun.depth != "live":
-        return restart_old(job)
+    try:
+        if state in ("plan", "hold", "snapshot") or (state == "switch" and begun.depth != "live" and not _tried(job)):
+            return _call_off(job)
+        if not begun.with_data and begun.depth == "live":
+            return _swap_back(job)
+    except Exception as error:  # the old release shall run, the long way round if need be
+        job.journal = replace(begun, message=f"{reason}\nundoing it: {said(error)}")
+    return restart_old(job)
+
+
+def _tried(job: Job) -> bool:
+    """Whether the new release was restarted into, and runs."""
+    return job.node.running.id == job.new.id and not os.path.ismount(mounts.NEXT_ROOT)
+
+
+def _call_off(job: Job) -> Outcome:
+    """The old release still runs, with its data: open the door and forget the rest."""
+    begun, data = job.journal, job.node.data
+    if begun.state == "switch":
+        mounts.drop_next_root()
+        _show_old(job)
+        trial.end()
+    choose_old(job, data)  # before clients are told that something is stored in it
+    for door in services.doors(job.node.description) if begun.with_data else ():
+        services.release(door)
+    remove_new_data(job, data)
+    remember(job, "failed")
+    return _outcome(job, "failed", begun.message, begun.reason)
+
+
+def _swap_back(job: Job) -> Outcome:
+    """The old release's files take the place of the new one's, as they came."""
+    begun = job.journal
+    choose_old(job, job.node.data)
     _show_old(job)
     back = {unit: _BACK.get(action, action) for unit, action in begun.units.items()}
     services.stop(back)
     services.forget_failures()
     services.take_over(back, job.changed)
     remember(job, "rolled-back")
-    return _outcome(job, "rolled-back", reason, state)
+    return _outcome(job, "rolled-back", begun.message, begun.reason)
 
 
 _BACK = {"start": "stop", "stop": "start"}
-
-
-def _call_off(job: Job) -> Outcome:
-    """The old release still runs, with its data: open the door and forget the rest."""
-    begun = job.journal
-    if begun.state == "switch":
-        mounts.drop_next_root()
-        _show_old(job)
-        trial.end()
-    for door in services.doors(job.node.description) if begun.with_data else ():
-        services.release(door)
-    records.put(job.root, {records.TRY: None, **records.select(job.old, begun.running_data)})
-    remove_new_data(job, begun.running_data)
-    remember(job, "failed")
-    return _outcome(job, "failed", begun.message, begun.reason)
 
 
 def _show_old(job: Job) -> None:
@@ -313,48 +262,67 @@ def _show_old(job: Job) -> None:
     trial.show_release(job.node.manifest_bytes(job.old))
 
 
+def choose_old(job: Job, data: int) -> None:
+    """From here on a power-on boots the old release with that data, and no record says that it has left data behind."""
+    left = f"{records.RELEASES}/{job.old.id}/{records.DATA_FILE}"
+    files: dict[str, bytes | None] = records.select(job.old, data)
+    before = records.read_record(job.root, records.PREVIOUS)
+    if before is not None and before.release == job.old.id:
+        files[records.PREVIOUS] = boot_record(job.old.manifest, data, job.old.id)
+    files |= {name: None for name in (records.TRY, left) if os.path.lexists(os.path.join(job.root, name))}
+    records.put(job.root, files)
+
+
 def restart_old(job: Job) -> Outcome:
     """Leave a release that was tried: the old one starts with the old data, and what was done since is forgotten."""
-    begun, node = job.journal, job.node
-    old = job.old
-    if begun.depth == "reboot":
-        trial.reboot()
-    else:
-        mounts.build_next_root(node.trees(old), node.identity, node.root, node.device, begun.old_data)
-        trial.arm(begun.deadline)
-        trial.soft_reboot(node.manifest_bytes(old), trial=False)
+    begun, node, old = job.journal, job.node, job.old
+    choice = records.choose(job.root)
+    if choice is None or (choice.release, choice.data) != (old.id, begun.old_data):
+        with suppress(OSError):
+            records.put(job.root, records.select(old, begun.old_data))
+    try:
+        if begun.depth == "reboot":
+            trial.reboot()
+        else:
+            mounts.build_next_root(node.trees(old), node.identity, node.root, node.device, begun.old_data)
+            trial.arm(begun.deadline)
+            trial.soft_reboot(node.manifest_bytes(old), trial=False)
+    except (services.ServiceError, OSError):
+        if not services.restarting():
+            trial.reboot()
     return _outcome(job, "rolled-back", begun.message, begun.reason)
 
 
-def _leave(job: Job, data: int, reason: str) -> Outcome:
+def _after_commit(job: Job, error: Exception) -> Outcome:
     """Go back from a release that is committed, because its front door fails.
 
-    `data` is what it was before where the door did not open at all, so that no client was told anything; otherwise it
-    is what clients have worked with since.
+    The data is what it was before where the door did not open at all, so that no client was told anything; otherwise it
+    is what clients have worked with since, and where the old release could not read that, the new one stays.
     """
+    begun, data = job.journal, job.journal.new_data
+    if _is_shut(job, error):
+        data = begun.old_data
+        for door in services.doors(changes.read_node("/")):
+            services.shut(door.unit)
+    elif not isinstance(error, Failed) or job.old.manifest.schema_level != job.new.manifest.schema_level:
+        return finish(job, said(error))
     begun = job.journal = replace(
-        job.journal, state="commit", old_data=data, opened=False, failed=True, reason="open", message=reason
+        begun, state="commit", old_data=data, opened=False, failed=True, reason="open", message=said(error)
     )
     records.put(job.root, {journal.JOURNAL: journal.dump(begun), **records.select(job.old, data)})
     job.report("undo", 0, 0)
     return restart_old(job)
 
 
-def wait_healthy(job: Job, *, behind_door: bool) -> None:
-    """Wait until the node is healthy. Raises Failed with what is not. `behind_door`: the door's own probes wait."""
-    from appliance.node import health as probes
-
-    description = changes.read_node("/")
-    recipes = probes.load_recipes()
-    if behind_door:
-        units = {door.unit for door in services.doors(description)}
-        for name in changes.recipes_of(description, units):
-            recipes.pop(name, None)
-    found, _ = probes.wait_healthy(recipes, job.node.settings.gate_seconds)
-    if not found.healthy:
-        bad = [f"{one.name}: {one.detail}" for one in found.outcomes() if not one.ok]
-        lines = services.last_words(found.bad_units)
-        raise Failed("\n".join([f"not healthy: {'; '.join(bad)}", *([lines] if lines else [])]))
+def _is_shut(job: Job, error: Exception) -> bool:
+    """Whether no client was served, for certain: a door that has served may have failed since."""
+    if isinstance(error, Failed):
+        return isinstance(error, Shut)
+    with suppress(services.ServiceError):
+        return job.journal.with_data and not all(
+            services.serves(door.unit) for door in services.doors(changes.read_node("/"))
+        )
+    return False
 
 
 # --- small things ----------------------------------------------------------------------------------------------------
@@ -389,6 +357,7 @@ def remember(job: Job, outcome: str) -> None:
         "digest": job.new.digest, "outcome": outcome, "state": begun.reason, "reason": begun.message,
         "seconds": max(0, int(time.time()) - begun.started), "units": dict(begun.units),
         "data": begun.new_data if outcome == "committed" else begun.old_data,
+        "blameless": begun.message in BLAMELESS,
     }  # fmt: skip
     journal.add_history(job.root, entry)
     journal.remove(job.root)

@@ -7,20 +7,19 @@ is what a power-on boots, so the rest is forgotten). An ended process is undone,
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 
 from appliance.node.upgrade import engine, journal, mounts, records, services, trial
 from appliance.node.upgrade.engine import Job, Outcome, Report
 from appliance.node.upgrade.journal import Journal, JournalError
-from appliance.node.upgrade.node import Node, look
+from appliance.node.upgrade.node import STATE, Node, look
 from appliance.node.upgrade.request import STATES
 
 _FORCED = frozenset({"/etc/systemd/system/"})  # stands for paths that nobody remembers
-BROKEN_OFF = "the upgrade's process was ended"
 _SILENT = {
     "reboot": "the release did not become healthy in its time, or its kernel stopped: the machine restarted by itself",
     "soft-reboot": "the release did not become healthy in its time: the machine restarted by itself",
-    "live": "the machine was restarted, or lost its power, in mid-upgrade",
 }
 
 
@@ -48,27 +47,34 @@ def after_boot(report: Report) -> Outcome | None:
         set_aside(str(error))
         return None
     runs = (node.running.id, node.data)
-    if runs == (begun.new, begun.new_data) and not begun.failed:
-        if begun.opened:
-            services.notify("READY=1")
-            return engine.finish(job)
-        return engine.run(job, "migrate" if not begun.committed else "health")
-    return _old_runs(job, runs)
+    if runs != (begun.new, begun.new_data):
+        return _old_runs(job, runs)
+    if begun.failed:  # it was left, but the way back was interrupted before the old release was chosen
+        return engine.restart_old(job)
+    if begun.opened:
+        services.notify("READY=1")
+        return engine.finish(job)
+    if begun.stopped:  # a restart ends that
+        job.journal = replace(begun, stopped=False, stop_before="")
+    return engine.run(job, "health" if begun.committed or begun.depth == "live" else "migrate")
 
 
 def _old_runs(job: Job, runs: tuple[str, int]) -> Outcome:
     """The trial is over, or never began: keep what runs, and remember why."""
-    begun, root = job.journal, job.root
-    services.notify("READY=1")
-    trial.end()
+    begun = job.journal
     if runs == (begun.old, begun.old_data) or runs == (begun.old, begun.running_data):
-        records.put(root, {records.TRY: None, **records.select(job.old, runs[1])})
+        with suppress(OSError):  # no room, perhaps: the release runs all the same
+            engine.choose_old(job, runs[1])
+        services.notify("READY=1")
+        trial.end()
         if not begun.opened:
             engine.remove_new_data(job, runs[1])
     else:  # GRUB found neither of the two in order and took the one before
-        records.put(root, records.select(job.node.running, job.node.data))
+        services.notify("READY=1")
+        trial.end()
+        records.put(job.root, records.select(job.node.running, job.node.data))
     tried = begun.failed or STATES.index(begun.state) >= STATES.index("switch")
-    message = begun.message or _SILENT[begun.depth if begun.depth in _SILENT else "reboot"]
+    message = begun.message or (_SILENT[begun.depth] if tried and begun.depth in _SILENT else engine.RESTARTED)
     job.journal = replace(begun, failed=True, reason=begun.reason or begun.state, message=message)
     outcome = "rolled-back" if tried else "failed"
     engine.remember(job, outcome)
@@ -91,13 +97,15 @@ def after_end(report: Report) -> Outcome | None:
     if begun.state in ("stage", "plan"):
         journal.remove(node.root)
         return None
+    if node.running.id == begun.old and node.data not in (begun.running_data, begun.new_data):
+        return _old_runs(job, (begun.old, node.data))  # after a restart whose gate did not come to its end
     if begun.failed:
         return engine.undo(job, begun.reason or begun.state, begun.message)
     choice = records.choose(node.root)
     if choice is not None and (choice.release, choice.data) == (begun.new, begun.new_data):
         return engine.run(job, "open")
     state = "health" if begun.state in ("commit", "open") else begun.state
-    return engine.undo(job, state, BROKEN_OFF)
+    return engine.undo(job, state, engine.BROKEN_OFF)
 
 
 def set_aside(reason: str) -> None:
@@ -110,3 +118,13 @@ def set_aside(reason: str) -> None:
     trial.end()
     mounts.drop_next_root()
     journal.add_history(node.root, {"outcome": "failed", "reason": reason, "action": "upgrade"})
+
+
+def drop_unfinished_files(root: str = STATE) -> None:
+    """Remove what a process that was killed while it staged has left; whole files and parts of downloads stay."""
+    for folder in (records.LAYERS, records.KERNELS, records.RELEASES):
+        for place, _, names in os.walk(os.path.join(root, folder), topdown=False):
+            for name in (one for one in names if records.PARTIAL in os.path.join(place, one)):
+                os.unlink(os.path.join(place, name))
+            if place != os.path.join(root, folder) and not os.listdir(place):
+                os.rmdir(place)

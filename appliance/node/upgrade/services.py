@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ _UNITS = "/etc/systemd/system/"
 _TMPFILES = "/etc/tmpfiles.d/"
 _SYSCTL = "/etc/sysctl.d/"
 _MINUTE = 60
+_STARTS = 3  # of the front door; after so many in vain it is given up
 
 
 class ServiceError(Exception):
@@ -114,15 +116,34 @@ def notify(message: str) -> None:
             sock.send(message.encode())
 
 
-def wait_running(units: Iterable[str], seconds: float) -> str:
-    """Wait until the units run; the first that has failed, or did not begin in time. Empty when all run."""
+def wait_serving(unit: str, seconds: float) -> bool:
+    """Whether a unit of the front door begins to serve: it has more than its main process then, as `hold` has it.
+
+    False when that does not come in time, or the unit fails once and again.
+    """
     deadline = time.monotonic() + seconds
-    for unit in units:
-        while (state := systemctl("show", "-p", "ActiveState", "--value", unit).strip()) != "active":
-            if state == "failed" or time.monotonic() > deadline:
-                return unit
-            time.sleep(0.2)
-    return ""
+    first = ""
+    while not serves(unit):
+        facts = systemctl("show", "-p", "ActiveState", "-p", "NRestarts", unit)
+        found = dict(line.partition("=")[::2] for line in facts.splitlines())
+        restarts = found.get("NRestarts") or "0"
+        first = first or restarts
+        hopeless = found.get("ActiveState") == "failed" or int(restarts) - int(first) >= _STARTS
+        if hopeless or time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def serves(unit: str) -> bool:
+    main = main_process(unit)
+    return bool(main and _processes(unit) - {main})
+
+
+def shut(unit: str) -> None:
+    """Keep a unit of the front door from starting after all; its sockets stay, and clients wait in them."""
+    with suppress(ServiceError):
+        systemctl("stop", unit)
 
 
 # --- units -----------------------------------------------------------------------------------------------------------
@@ -161,15 +182,24 @@ def _tell(verb: str, units: list[str]) -> None:
 
 
 def last_words(units: Iterable[str], lines: int = 8) -> str:
-    """The end of the journal of the units that have failed."""
+    """The end of the journal of the units that have failed, or, where none is marked so any more, of all of them."""
+    known = list(units)
+    failed = [unit for unit in known if _is_failed(unit)]
     found = []
-    for unit in units:
-        try:
-            run("systemctl", "is-failed", "--quiet", unit)
-            found.append(run("journalctl", "-b", "-q", "--no-pager", "-o", "cat", "-n", str(lines), "-u", unit))
-        except ServiceError:
-            continue
-    return "\n".join(found).strip()
+    with suppress(ServiceError):
+        run("journalctl", "--sync")
+    for unit in failed or known:
+        with suppress(ServiceError):
+            words = run("journalctl", "-b", "-q", "--no-pager", "-o", "cat", "-n", str(lines), "-u", unit)
+            found.append(words.strip())
+    return "\n".join(filter(None, found))
+
+
+def _is_failed(unit: str) -> bool:
+    try:
+        return systemctl("show", "-p", "ActiveState", "--value", unit).strip() == "failed"
+    except ServiceError:
+        return False
 
 
 def forget_failures() -> None:

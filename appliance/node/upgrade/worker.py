@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from appliance.node.refusals import Busy, Refusal
-from appliance.node.upgrade import engine, journal, records, resume, services
+from appliance.node.upgrade import engine, journal, planning, records, resume, services, trial
 from appliance.node.upgrade.engine import Job, Outcome
-from appliance.node.upgrade.node import INCOMING, Node, look
+from appliance.node.upgrade.judging import Failed
+from appliance.node.upgrade.node import INCOMING, STATE, Node, look
 from appliance.node.upgrade.request import (
     EVENTS,
     FAILED,
@@ -91,20 +92,39 @@ def main(mode: str) -> int:
 
 def gate() -> int:
     """After a restart: judge the release, or finish what the restart interrupted."""
-    outcome = resume.after_boot(_log)
-    if outcome is not None:
-        print(f"upgrade from {outcome.journal.old} to {outcome.journal.new}: {outcome.name} {outcome.message}".strip())
-    if outcome is not None and outcome.name in ("committed", "rolled-back", "failed"):
-        _clean()
+    try:
+        with lock():
+            outcome = resume.after_boot(_log)
+            if outcome is not None:
+                begun = outcome.journal
+                print(f"upgrade from {begun.old} to {begun.new}: {outcome.name} {outcome.message}".strip())
+            if outcome is not None and outcome.name in ("committed", "rolled-back", "failed"):
+                _clean()
+        if outcome is not None and outcome.name == "stopped":
+            _wait_for_word()
+    except Exception:
+        if os.path.exists(trial.MARK):  # a release whose own judge fails: the door stays shut, the old one comes back
+            trial.reboot()
+            raise
+        services.notify("READY=1")
+        raise
     services.notify("READY=1")
     return 0
+
+
+def _wait_for_word() -> None:
+    """Keep the front door shut until somebody goes on with the upgrade that was stopped."""
+    with suppress(journal.JournalError):
+        while (begun := journal.read(STATE)) is not None and not begun.opened:
+            time.sleep(0.5)
 
 
 def recover() -> int:
     """After the death of the process that upgraded."""
     with lock():
         outcome = resume.after_end(_log)
-    end = {"status": FAILED, "outcome": "failed", "reason": "died", "message": resume.BROKEN_OFF}
+        resume.drop_unfinished_files()
+    end = {"status": FAILED, "outcome": "failed", "reason": "died", "message": engine.BROKEN_OFF}
     if outcome is not None:
         end |= {"status": STATUSES[outcome.name], "outcome": outcome.name}
     with open(EVENTS, "ab", buffering=0) as out:
@@ -119,7 +139,9 @@ def _log(state: str, _done: int, _total: int) -> None:
 def _clean() -> None:
     from appliance.node.upgrade import cleaning
 
-    with suppress(Refusal, OSError, ServiceError, journal.JournalError):
+    if services.restarting():
+        return
+    with suppress(Exception):  # what stays behind is found the next time; the upgrade has ended as it has
         cleaning.clean(look(), _log)
 
 
@@ -156,7 +178,7 @@ def answer(reporter: Reporter) -> dict[str, Any]:
         }  # fmt: skip
     except Cancelled:
         return {"status": FAILED, "outcome": "failed", "reason": "cancelled", "message": "cancelled: nothing changed"}
-    except (OSError, ValueError, FetchError, engine.Failed, ServiceError) as error:
+    except (OSError, ValueError, FetchError, Failed, ServiceError) as error:
         reason = str(getattr(error, "reason", "failed"))
         hint = str(getattr(error, "hint", ""))
         return {"status": FAILED, "outcome": "failed", "reason": reason, "message": str(error), "hint": hint}
@@ -167,7 +189,11 @@ def carry_out(request: Request, reporter: Reporter) -> dict[str, Any]:
     node = look()
     begun = journal.read(node.root)
     if begun is not None and not begun.stopped:
-        resume.after_end(reporter)
+        undone = resume.after_end(reporter)
+        if services.restarting():
+            begun = undone.journal if undone is not None else begun
+            message = "an upgrade that was interrupted ends first; try again after the restart"
+            return _result("restarting", node, begun=begun, message=message)
         node, begun = look(), None
     if request.verb == "commit":
         return _continue(node, begun, reporter, request)
@@ -189,9 +215,11 @@ def _install(node: Node, request: Request, reporter: Reporter) -> dict[str, Any]
     if not chain.files:
         return _result("nothing", node, message=f"release {node.running.manifest.version} is the newest")
     before = journal.failed_before(node.root, chain.goal)
-    if before and not request.retry and not request.source:
+    if before and not before.get("blameless") and not request.retry and not request.source:
         message = f"release {before['to']} was tried and did not stay: {before.get('reason', '')}".strip(": ")
         return _result("nothing", node, message=message, hint="say --retry to try it again")
+    if request.stop_before == "stage":
+        return _result("stopped", node, message="stopped before stage")
     new = obtain.stage_all(node, chain, reporter, allow_downgrade=downgrade)
     if new is None:
         return _result("nothing", node, message=f"release {node.running.manifest.version} runs already")
@@ -213,13 +241,13 @@ def _upgrade(node: Node, name: str, request: Request, reporter: Reporter, action
     new = node.held[name]
     reporter("plan", 0, 0)
     restore = action == "rollback" and request.data == "restore"
-    planned = engine.plan(
+    planned = planning.plan(
         node, new, action=action, apply=request.apply, data="restore" if restore else "keep",
         stop_before=request.stop_before,
     )  # fmt: skip
     begun = planned.journal
     reporter.write({"state": "planned", **_facts(node, planned.new.id, begun)})
-    if request.stop_before in ("stage", "plan"):
+    if request.stop_before == "plan":
         return _result("planned", node, new=name, begun=begun)
     if request.apply in journal.CLASSES and request.apply != "nothing":
         depth = journal.CLASSES.index
@@ -250,8 +278,8 @@ def _continue(
     state = begun.stop_before
     begun = replace(begun, stopped=False, stop_before=request.stop_before)
     job = resume.job_of(node, begun, reporter)
-    if begun.depth == "live":
-        job.changed = engine.plan(node, job.new).changed or job.changed
+    if begun.depth == "live":  # what differs does so both ways
+        job.changed = planning.plan(node, job.new if node.running.id != begun.new else job.old).changed or job.changed
     return _ended(node, engine.run(job, state))
 
 
@@ -261,7 +289,7 @@ def _roll_back(
     """Undo a stopped upgrade, or go back to the release before this one."""
     if begun is not None:
         job = resume.job_of(node, replace(begun, stopped=False), reporter)
-        return _ended(node, engine.undo(job, begun.stop_before, "it was called off"))
+        return _ended(node, engine.undo(job, begun.state, engine.CALLED_OFF))
     name = request.to or previous(node)
     if not name or name not in node.held:
         known = ", ".join(sorted(node.held.keys() - {node.running.id})) or "none"
