@@ -232,6 +232,22 @@ def test_an_end_that_never_comes_is_told(unit: Unit, capsys: pytest.CaptureFixtu
     assert "status" in found["hint"]
 
 
+def test_the_last_words_of_a_unit_that_ends_are_not_lost(unit: Unit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come between the last look at the events and the question whether the unit still runs."""
+    asked: list[str] = []
+
+    def systemctl(*words: str) -> str:
+        asked.append(words[0])
+        if asked.count("show") == 2:
+            unit.say({"state": "open", "done": 0, "total": 0})
+            unit.say({"state": "end", **COMMITTED})
+        return "inactive\n"
+
+    monkeypatch.setattr(services, "systemctl", systemctl)
+    assert main(["--json"]) == 0
+    assert asked == ["show", "start", "show"]
+
+
 def test_another_upgrade_is_not_disturbed(unit: Unit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unit.runs = True
     assert main(["--json"]) == 6

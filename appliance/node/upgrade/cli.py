@@ -221,24 +221,29 @@ def _relay(request: Request, options: argparse.Namespace) -> dict[str, Any]:
     except ServiceError as error:
         return {"status": FAILED, "outcome": "failed", "reason": "unit", "message": str(error)}
     with open(EVENTS, "rb") as events:
-        idle, rest = 0, b""
+        idle, rest, over = 0, b"", False
         while True:
             try:
                 line = events.readline()
                 if not line.endswith(b"\n"):
                     rest += line
-                    idle += 1
-                    if idle % 50 == 0 and not _unit_runs() and not events.read(1):
+                    idle = 0 if line else idle + 1
+                    if over and not line:
                         break
+                    over = idle % 50 == 49 and not _unit_runs()  # and then once more, for its last words
                     time.sleep(_POLL)
                     continue
                 idle, line, rest = 0, rest + line, b""
-                event = json.loads(line)
+                try:
+                    event = json.loads(line)
+                except ValueError:  # Ctrl-C came in the midst of reading it
+                    continue
                 screen.show(event, line)
                 if event.get("state") == "end":
                     return {name: value for name, value in event.items() if name != "state"}
             except KeyboardInterrupt:
-                systemctl("kill", "--signal=INT", UNIT)
+                with contextlib.suppress(ServiceError):  # it has ended
+                    systemctl("kill", "--signal=INT", UNIT)
     return {
         "status": FAILED, "outcome": "failed", "reason": "died", "message": "the upgrade's process was ended",
         "hint": "samepage-upgrade-node status says what it left; journalctl -u samepage-upgrade says more",
