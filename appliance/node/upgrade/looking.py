@@ -114,6 +114,8 @@ def status(node: Node, _options: argparse.Namespace) -> Answer:
     }  # fmt: skip
     lines = [f"release   {node.running.id} ({node.running.manifest.layout}), data {node.data}"]
     lines.append(f"previous  {before or 'none'}")
+    if choice and (choice.release, choice.data) != (node.running.id, node.data):
+        lines.append(f"power-on  release {choice.release}, data {choice.data}")
     if begun:
         state = f"stopped before {begun.stop_before}" if begun.stopped else f"in state {begun.state}"
         lines.append(f"upgrade   to {begun.new}, {state}" + (f": {begun.message}" if begun.message else ""))
@@ -148,12 +150,11 @@ def verify(node: Node, options: argparse.Namespace) -> Answer:
 
 def cleanup(node: Node, options: argparse.Namespace) -> Answer:
     with lock():
-        if not options.dry_run and journal.read(node.root) is None:
-            done = cleaning.clean(node, _silent)
-        else:
-            done = cleaning.decide(node)
+        begun = journal.read(node.root) is not None
+        done = cleaning.decide(node) if options.dry_run or begun else cleaning.clean(node, _silent)
     what = {"remove": [name for name, _ in done.remove], "files": len(done.files), "data": [n for n, _ in done.data]}
-    return {"status": 0, "text": "\n".join(done.lines()), "frees": done.frees, "dry_run": options.dry_run, **what}
+    lines = [*done.lines(), *(["nothing is removed while an upgrade is unfinished"] if begun else [])]
+    return {"status": 0, "text": "\n".join(lines), "frees": done.frees, "dry_run": options.dry_run or begun, **what}
 
 
 def rollback(node: Node, options: argparse.Namespace) -> Answer:

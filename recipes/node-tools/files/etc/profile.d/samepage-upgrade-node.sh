@@ -1,0 +1,1 @@
+[ -z "${BASH_VERSION:-}" ] || . /opt/samepage/share/bash-completion/samepage-upgrade-node
