@@ -145,7 +145,7 @@ def check_index(index: Index, now: float, seen: int, layout: str, architecture: 
 
 
 def plan(index: Index, version: str, held: Sequence[str], *, allow_downgrade: bool = False) -> tuple[BundleEntry, ...]:
-    """The bundles, in order, that lead to the newest release with the fewest bytes; none when it runs already.
+    """The bundles, in order, that lead to the newest release with the fewest bytes; none when the node has it already.
 
     `version` runs on the node; `held` are the digests of the manifests of all releases whose files it has, the running
     one first. Raises Downgrade where the newest release is older than `version`, NoWay where no bundles lead there.
@@ -156,6 +156,8 @@ def plan(index: Index, version: str, held: Sequence[str], *, allow_downgrade: bo
         return ()
     if order(goal.version) < order(version) and not allow_downgrade:
         raise Downgrade(f"the newest release of the channel is {goal.version}, older than {version} that runs here")
+    if goal.manifest in held:
+        return ()
     best: dict[str, int] = dict.fromkeys(held, 0) | {"": 0}
     came: dict[str, BundleEntry] = {}
     waiting = [(0, start) for start in best]

@@ -92,7 +92,7 @@ def plan(node: Node, options: argparse.Namespace) -> Answer:
     """What is fetched for it stays for the upgrade itself; a bundle's file is only read."""
     with _fetching(options.source):
         wanted = obtain.chain(node, options.source, trust(), _told(options), allow_downgrade=options.allow_downgrade)
-        if not wanted.files or wanted.goal == node.running.digest:
+        if wanted.goal == node.running.digest:
             message = f"release {node.running.id} is the newest" if not options.source else f"{node.running.id} runs"
             return {"status": NOTHING, "outcome": "nothing", "message": message}
         return obtain.describe(node, wanted, _told(options), allow_downgrade=options.allow_downgrade)

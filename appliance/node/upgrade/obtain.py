@@ -14,13 +14,13 @@ from appliance.node import channel
 from appliance.node.bundle import check_fit, open_bundle, read_info
 from appliance.node.keys import PUBLIC, KeyFileError, Trust, key_id, load_trust, parse_key
 from appliance.node.plan import classify
-from appliance.node.refusals import NoRoom, NoWay
+from appliance.node.refusals import Damaged, NoRoom, NoWay
 from appliance.node.release import Manifest, parse
 from appliance.node.upgrade import fetch
 from appliance.node.upgrade.node import COUNTER, INCOMING, KEY_CREDENTIAL, KEY_FOLDERS, Node, NotUpgradable
 from appliance.node.upgrade.records import Held, read_small
 from appliance.node.upgrade.retention import MARGIN, need
-from appliance.node.upgrade.staging import free, stage
+from appliance.node.upgrade.staging import free, stage, wanted_files
 
 Report = Callable[[str, int, int], None]
 
@@ -125,9 +125,12 @@ def local(node: Node, source: str, report: Report) -> str:
 
 
 def stage_all(node: Node, wanted: Chain, report: Report, *, allow_downgrade: bool) -> Held | None:
-    """Stage the releases of a chain, one from the other; the last one, or None where it runs already."""
-    made: Held | None = None
+    """Stage the releases of a chain, one from the other; the last one, or None where it runs already.
+
+    Without bundles it is one that the node has. Raises a Refusal, or OSError.
+    """
     held = dict(node.held)
+    made = None if wanted.files else _whole(node, next(one for one in held.values() if one.digest == wanted.goal))
     for file in wanted.files:
         with open_bundle(file, wanted.keys, _to(report, "verify")) as bundle:
             versions = {one.digest: one.manifest.version for one in held.values()}
@@ -139,22 +142,31 @@ def stage_all(node: Node, wanted: Chain, report: Report, *, allow_downgrade: boo
     return made
 
 
+def _whole(node: Node, one: Held) -> Held | None:
+    """A release that is here with all its files; None where it runs. Raises Damaged."""
+    files = wanted_files(node.root, one.manifest, node.name).values()
+    if lost := [file.path for file in files if not os.path.exists(file.path)]:
+        raise Damaged(f"release {one.id} is on this node, but not its {lost[0]}", hint="take a bundle that leads to it")
+    return one if one.id != node.running.id else None
+
+
 def describe(node: Node, wanted: Chain, report: Report, *, allow_downgrade: bool) -> dict[str, Any]:
     """What a chain would do, from its bundles alone; nothing is written."""
     old: Manifest = node.running.manifest
-    held = dict(node.held)
+    versions, contents = held_manifests(node), dict[str, bytes]()
     parts: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
-    new = old
+    new = next((one.manifest for one in node.held.values() if one.digest == wanted.goal), old)
     for file in wanted.files:
         with open_bundle(file, wanted.keys, _to(report, "verify")) as bundle:
             info = bundle.info
-            versions = {one.digest: one.manifest.version for one in held.values()}
             check_fit(info, old, versions, allow_downgrade=allow_downgrade)
-            before = next((one for one in held.values() if one.digest == info.from_manifest), None)
-            content = bundle.manifest(_bytes_of(node, before))
-            new = parse(content)
-            held[info.version] = Held(info.version, new, info.manifest, None)
+            before = next((one for one in node.held.values() if one.digest == info.from_manifest), None)
+            contents[info.manifest] = bundle.manifest(
+                node.manifest_bytes(before) if before is not None else contents.get(info.from_manifest)
+            )
+            new = parse(contents[info.manifest])
+            versions[info.manifest] = info.version
             parts += [
                 {"kind": part.kind, "packed": part.packed, "size": part.size} for part in info.parts_for(node.name)
             ]
@@ -165,8 +177,3 @@ def describe(node: Node, wanted: Chain, report: Report, *, allow_downgrade: bool
         "units": {unit: what for unit, what in summary.get("units", {}).get(node.name, {}).items() if what != "none"},
         "packages": summary.get("packages", {}), "migrations": summary.get("migrations", []),
     }  # fmt: skip
-
-
-def _bytes_of(node: Node, held: Held | None) -> bytes | None:
-    return node.manifest_bytes(held) if held is not None else None
-

@@ -212,7 +212,7 @@ def _install(node: Node, request: Request, reporter: Reporter) -> dict[str, Any]
 
     downgrade = request.allow_downgrade
     chain = obtain.chain(node, request.source, obtain.trust(), reporter, allow_downgrade=downgrade)
-    if not chain.files:
+    if not chain.files and chain.goal == node.running.digest:
         return _result("nothing", node, message=f"release {node.running.manifest.version} is the newest")
     before = journal.failed_before(node.root, chain.goal)
     if before and not before.get("blameless") and not request.retry and not request.source:
