@@ -7,10 +7,12 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from appliance.run import CommandError
 from appliance.targets import base, machinestate, qemu
 from tests.boot.samepage_site import Client, Site
 
@@ -68,8 +70,10 @@ class Machine:
         end = time.monotonic() + DEADLINE
         while time.monotonic() < end:
             if TARGET.reachable(self.instance):
-                status, out, _ = self.run(f"{TOOL} status --json", timeout=60)
-                found = json.loads(out) if status == 0 and out else {}
+                out = ""
+                with suppress(CommandError):  # the connection may hang in the old userspace
+                    out = self.run(f"{TOOL} status --json", timeout=120)[1]
+                found = json.loads(out) if out.rstrip().endswith("}") else {}
                 if found.get("unfinished", "") is None and found.get("last"):
                     return dict(found["last"])
             else:
