@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from appliance.run import CommandError
+from appliance.errors import CommandError
 from appliance.targets import base, machinestate, qemu
 from tests.boot.samepage_site import Client, Site
 
