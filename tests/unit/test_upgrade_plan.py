@@ -18,7 +18,7 @@ from appliance import channel as channels
 from appliance.bundle import ReleaseFiles
 from appliance.node import refusals
 from appliance.node.keys import PUBLIC, Trust, dump_key
-from appliance.node.upgrade import looking, mounts, obtain, planning, records, staging, worker
+from appliance.node.upgrade import engine, journal, looking, mounts, obtain, planning, records, staging, worker
 from appliance.node.upgrade.node import Node, NotUpgradable, Settings
 from appliance.node.upgrade.planning import Plan
 from tests.unit.releases import OTHER, SIGNER, TRUST, Maker
@@ -305,3 +305,26 @@ def test_a_key_that_cannot_be_read_stops_everything(folders: tuple[Path, Path, P
     place[spoil]().write_bytes(b"no key\n")
     with pytest.raises(NotUpgradable, match="a trusted key cannot be read"):
         obtain.trust()
+
+
+# --- what is held against a release ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "message", "blameless"),
+    [
+        ("hold", "nginx.service still serves after 25 s", True), ("snapshot", "no space left on device", True),
+        ("health", "not healthy", False), ("switch", "this kernel has no software watchdog", False),
+        ("health", engine.BROKEN_OFF, True), ("migrate", engine.RESTARTED, True), ("commit", engine.CALLED_OFF, True),
+    ],
+)  # fmt: skip
+def test_a_release_is_tried_again_where_it_is_not_to_blame(
+    world: World, state: str, message: str, blameless: bool
+) -> None:
+    world.add("1.1", nginx=b"two")
+    planned = world.plan("1.1")
+    begun = replace(planned.journal, reason=state, message=message)
+    engine.remember(engine.Job(world.node(), planned.old, planned.new, begun, silent), "failed")
+    found = journal.failed_before(str(world.root), world.made["1.1"].digest)
+    assert found is not None
+    assert (found["state"], found["reason"], found["blameless"]) == (state, message, blameless)

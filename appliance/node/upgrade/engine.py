@@ -23,6 +23,7 @@ CALLED_OFF = "it was called off"
 BROKEN_OFF = "the upgrade's process was ended"
 RESTARTED = "the machine was restarted, or lost its power, in mid-upgrade"
 BLAMELESS = (CALLED_OFF, BROKEN_OFF, RESTARTED)  # messages that say nothing against the release
+BEFORE = ("hold", "snapshot")  # states that do not depend on it, such as a request that took too long
 
 Report = Callable[[str, int, int], None]
 """Told the state, the bytes done and the bytes there are (0 and 0 where there is nothing to count)."""
@@ -357,7 +358,7 @@ def remember(job: Job, outcome: str) -> None:
         "digest": job.new.digest, "outcome": outcome, "state": begun.reason, "reason": begun.message,
         "seconds": max(0, int(time.time()) - begun.started), "units": dict(begun.units),
         "data": begun.new_data if outcome == "committed" else begun.old_data,
-        "blameless": begun.message in BLAMELESS,
+        "blameless": begun.message in BLAMELESS or begun.reason in BEFORE,
     }  # fmt: skip
     journal.add_history(job.root, entry)
     journal.remove(job.root)
