@@ -83,20 +83,21 @@ class Program:
         self.flush()
         format_.put_number(self.ops, format_.END)
         runs = [self.ops, *(self.streams[kind] for kind in (format_.ADD, format_.WORDS, format_.LITERAL))]
-        packed = [compress(bytes(run)) for run in runs] + [bytes(self.streams[format_.PATCH])]
+        packed = [compress(bytes(run), window) for run, window in zip(runs, format_.WINDOW_LOGS, strict=True)]
+        packed.append(bytes(self.streams[format_.PATCH]))
         head = bytearray()
         for run in packed:
             format_.put_number(head, len(run))
         return bytes(head) + b"".join(packed)
 
 
-def compress(content: bytes) -> bytes:
+def compress(content: bytes, window_log: int) -> bytes:
     if not content:
         return b""
     large = len(content) > _LARGE
     parameters = zstandard.ZstdCompressionParameters.from_level(
         _LEVEL - 8 * large, source_size=len(content),
-        window_log=min(format_.WINDOW_LOG, max(10, len(content).bit_length())),
+        window_log=min(window_log, max(10, len(content).bit_length())),
         write_content_size=0, write_checksum=0, threads=2 * large,
     )  # fmt: skip
     return zstandard.ZstdCompressor(compression_params=parameters).compress(content)

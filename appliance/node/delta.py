@@ -34,8 +34,8 @@ import zstandard
 
 COPY, ADD, WORDS, LITERAL, ZERO, SOURCE, PATCH, END = range(8)
 RUNS = 5
-WINDOW_LOG = 22  # of the streams: 4 MiB each
-PATCH_LIMIT = 1 << 22  # bytes of the dictionary and of the result of a PATCH
+WINDOW_LOGS = (20, 21, 20, 22)  # how far ops, bytes, words and literals may reach back: 1 to 4 MiB
+PATCH_LIMIT = 1 << 21  # bytes of the dictionary and of the result of a PATCH
 _PIECE = 1 << 18
 _ADD_PIECE = 1 << 14  # small, so that pieces without a difference are common
 _ZEROS = bytes(_PIECE)
@@ -83,8 +83,8 @@ class Slice:
 class _Stream:
     """A compressed run, decompressed piece by piece."""
 
-    def __init__(self, source: Slice) -> None:
-        limit = zstandard.ZstdDecompressor(max_window_size=1 << WINDOW_LOG)
+    def __init__(self, source: Slice, window_log: int) -> None:
+        limit = zstandard.ZstdDecompressor(max_window_size=1 << window_log)
         self._reader = limit.stream_reader(cast(IO[bytes], source), read_size=1 << 16)
         self._empty = source.size == 0
 
@@ -243,7 +243,7 @@ def _run(delta: Slice, sources: Sequence[Slice], writer: _Writer, digest: str) -
         at += size
     if at != delta.size:
         raise DeltaError("the delta's parts do not fill it")
-    ops, bytes_, words, literals = (_Stream(run) for run in runs[:4])
+    ops, bytes_, words, literals = (_Stream(*one) for one in zip(runs, WINDOW_LOGS, strict=False))
     numbers, frames, frame_at = _Varints(ops), runs[4], 0
     readable: list[Slice | _Writer] = [*sources, writer]
     chosen, ends = 0, [0] * len(readable)

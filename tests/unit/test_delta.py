@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from appliance import delta as making
 from appliance import initrd
-from appliance.delta_program import compress
+from appliance.delta_program import Piece, Program, compress
 from appliance.node import delta
+from appliance.shift import _packed
 from tests.unit.erofs_writer import image
 
 ROOT = Path(__file__).parents[2]
@@ -213,7 +214,7 @@ def program(*numbers: int, literals: bytes = b"", frames: bytes = b"") -> bytes:
     ops = bytearray()
     for number in numbers:
         delta.put_number(ops, number)
-    runs = [compress(bytes(ops)), b"", b"", compress(literals), frames]
+    runs = [compress(bytes(ops), delta.WINDOW_LOGS[0]), b"", b"", compress(literals, delta.WINDOW_LOGS[3]), frames]
     head = bytearray()
     for run in runs:
         delta.put_number(head, len(run))
@@ -296,6 +297,32 @@ def test_a_large_file_is_rebuilt_in_64_mb(tmp_path: Path) -> None:
     )
     assert len(lines) == 1
     assert int(lines[0]) < 64 * 1024
+
+
+def test_the_worst_delta_is_applied_in_64_mb(tmp_path: Path) -> None:
+    """Every stream with its whole window, and patches as large as allowed, none of which can be packed."""
+    noise, most, part = random.Random(11), delta.PATCH_LIMIT, 3 << 20
+    old, new, made = noise.randbytes(12 << 20), bytearray(), Program(1)
+
+    def put(kind: int, content: bytes, start: int = 0, payload: bytes = b"", known: int = 0) -> None:
+        made.put(Piece(len(new), len(content), kind, 0, start, payload, known))
+        new.extend(content)
+
+    for number in range(2):
+        literal, difference, words = (noise.randbytes(size) for size in (part, part // 2, part // 2))
+        put(LITERAL, literal, payload=literal)
+        put(delta.ADD, delta.add(old[: part // 2], difference, 1), 0, difference)
+        put(delta.WORDS, delta.add(old[1 : 1 + part // 2], words, 4), 1, words)
+        text = noise.randbytes(most - 100 - number)
+        put(PATCH, text, number, _packed(text, old[number : number + most], 1), most)
+    for start in noise.choices(range(11 << 20), k=300_000):
+        put(COPY, old[start : start + 3], start)
+    packed = made.pack()
+    (tmp_path / "delta").write_bytes(packed)
+    (tmp_path / "old").write_bytes(old)
+    lines = run_apply(tmp_path / "delta", tmp_path / "old", len(new), sha256(new).hexdigest(), address_space=400 << 20)
+    assert len(lines) == 1
+    assert int(lines[0]) < 48 * 1024  # the modules of the upgrade tool itself come on top
 
 
 def test_a_bomb_is_refused_in_64_mb(tmp_path: Path) -> None:
