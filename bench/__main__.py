@@ -26,8 +26,17 @@ BENCHMARKS: dict[str, Callable[[Workshop], None]] = {
 @click.option("--rounds", default=3, show_default=True, help="Runs of each side of a comparison; medians are shown.")
 @click.option("--iso", type=click.Path(exists=True, path_type=Path), help="Boot this ISO instead of building one.")
 @click.option("--mirror", default="", help="Debian archive to use; the host's by default.")
+@click.option(
+    "--lock",
+    "locks",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="An older packages.lock that `bundle` may start from, if its packages are still to be had.",
+)
 @click.option("--output", default="dist/bench.json", show_default=True, type=click.Path(path_type=Path))
-def main(names: tuple[str, ...], rounds: int, iso: Path | None, mirror: str, output: Path) -> None:
+def main(
+    names: tuple[str, ...], rounds: int, iso: Path | None, mirror: str, locks: tuple[Path, ...], output: Path
+) -> None:
     """Measure the builder and the appliance beside plain mmdebstrap, mkosi, an untuned Debian VM and other updaters.
 
     NAMES are cold, change, write, size, mkosi, live, installed and bundle; all when none is given. Needs root for the
@@ -36,7 +45,8 @@ def main(names: tuple[str, ...], rounds: int, iso: Path | None, mirror: str, out
     console = Console()
     failures: dict[str, str] = {}
     facts = machine()
-    with open_workshop(Path(__file__).parent.parent.resolve(), rounds, iso and iso.resolve(), mirror) as shop:
+    root = Path(__file__).parent.parent.resolve()
+    with open_workshop(root, rounds, iso and iso.resolve(), mirror, locks) as shop:
         for name in names or BENCHMARKS:
             try:
                 with console.stage(f"bench {name}"):

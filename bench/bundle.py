@@ -54,6 +54,7 @@ def _ours(bench: Bench, change: Change, goals: Goals) -> int:
     say, name = bench.shop.figures.append, f"bundle: {change.name}"
     if change.made:
         say(of_runs(name, "edit to bundle", [cost.wall for cost in change.made], "s", 1.0))
+        say(of_runs(name, "edit to bundle, CPU", [cost.cpu for cost in change.made], "CPU s"))
     path, made = bench.bundle("--from", bench.manifest(change.old), "--to", bench.manifest(change.new))
     size = path.stat().st_size
     say(Figure(name, "size", size / UNITS[goals.unit], goals.unit, goals.size))

@@ -48,27 +48,28 @@ def installed(lock: Lock) -> Lock:
     return replace(lock, sets=frozen_map({**lock.sets, "tools": ()}))
 
 
-def find_update(wanted: Mapping[str, tuple[str, ...]], committed: Lock, mirrors: Mirrors, cache: Path) -> Update:
-    """The larger one of the updates that are to be had: to today's packages from those of the lock in the checkout, as
-    long as every one of them is still there, or from the point release as it was before its updates and security fixes.
+def find_update(wanted: Mapping[str, tuple[str, ...]], starts: Sequence[Lock], mirrors: Mirrors, cache: Path) -> Update:
+    """The largest update to today's packages that is to be had: from one of the locks, as long as every one of its
+    packages is still there, or from the point release as it was before its updates and security fixes.
 
-    Raises BenchError where there is none, as on the day of a point release with a lock of that day.
+    Raises BenchError where nothing moved at all, as on the day of a point release.
     """
     new = resolve(wanted, mirrors, cache=cache)
     with preferring(SUITE, cache):
-        starts = {"the point release": resolve(wanted, mirrors, cache=cache)}
-    if committed.wanted == new.wanted and can_fetch(committed, mirrors, cache):
-        starts["the lock"] = committed
+        olds = {"the point release": resolve(wanted, mirrors, cache=cache)}
+    for number, lock in enumerate(starts, start=1):
+        if lock.wanted == new.wanted and can_fetch(lock, mirrors, cache):
+            olds[f"lock {number}"] = lock
     names = {package.name for package in new.sets["full"]}
     complete = resolve({**wanted, OMITTED: ()}, mirrors, cache=cache)
     extra = tuple(package for package in complete.sets["full"] if package.name not in names)
     found = [
         Update(f"from {name} to today", same_tools(old, new), with_kernel_of(new, old), new, extra)
-        for name, old in starts.items()
+        for name, old in olds.items()
     ]
     best = max(found, key=lambda one: len(one.moved))
     if not best.moved:
-        raise BenchError("Debian has no update since the point release and since the lock")
+        raise BenchError("Debian has no update since the point release and since the lock; name an older --lock")
     return best
 
 

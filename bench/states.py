@@ -119,7 +119,8 @@ def open_bench(shop: Workshop) -> Iterator[Bench]:
     with scratch(shop.cache, "bundle") as work:
         shop.builder.restore(shop.root)
         model, _ = check_project(shop.builder.project, LAYOUT, "1.0")
-        update = plain.find_update(wanted(model), read_lock(shop.root / LOCK), shop.mirrors, default_root())
+        starts = [read_lock(file) for file in (shop.root / LOCK, *shop.older_locks)]
+        update = plain.find_update(wanted(model), starts, shop.mirrors, default_root())
         bench = Bench(shop, work, update)
         for lock in (update.old, update.userspace, update.new):
             packages = tuple({package for packages in lock.sets.values() for package in packages})

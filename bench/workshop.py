@@ -93,6 +93,7 @@ class Workshop:
     rounds: int
     given_iso: Path | None = None
     mirror: str = ""
+    older_locks: tuple[Path, ...] = ()
     figures: list[Figure] = field(default_factory=list)
     cold: list[Cost] = field(default_factory=list)
     _builder: Builder | None = None
@@ -138,9 +139,11 @@ class Workshop:
 
 
 @contextmanager
-def open_workshop(root: Path, rounds: int, iso: Path | None, mirror: str) -> Iterator[Workshop]:
+def open_workshop(
+    root: Path, rounds: int, iso: Path | None, mirror: str, older_locks: tuple[Path, ...] = ()
+) -> Iterator[Workshop]:
     """A workshop whose copy of the checkout, caches and outputs are removed at the end."""
-    shop = Workshop(root, rounds, iso, mirror)
+    shop = Workshop(root, rounds, iso, mirror, older_locks)
     shop.cache.mkdir(parents=True, exist_ok=True)
     with scratch(shop.cache, "run") as folder:
         project = folder / "project"
