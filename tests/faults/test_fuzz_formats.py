@@ -31,7 +31,7 @@ from appliance.node.refusals import Refusal
 from appliance.node.release import ReleaseError
 from appliance.node.upgrade import journal, records, retention, staging, trial
 from appliance.node.upgrade.node import NotUpgradable, read_settings
-from appliance.node.upgrade.request import parse_request
+from appliance.node.upgrade.request import STATES, parse_request
 from appliance.node.upgrade.web import inside
 from appliance.node.versions import order
 from tests.unit.releases import SIGNER, TRUST, Maker
@@ -365,7 +365,7 @@ def test_a_spoiled_journal_is_refused_or_names_nothing_outside(content: bytes) -
         return
     assert stays("/state/releases", found.old)
     assert stays("/state/releases", found.new)
-    assert found.state in journal.STATES
+    assert found.state in STATES
     assert journal.parse(journal.dump(found)) == found
 
 

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import pytest
 from appliance.node import refusals
 from appliance.node.upgrade import cli, looking, node, services
 from appliance.node.upgrade.cli import VERBS, main, parse
+from appliance.node.upgrade.journal import JournalError
 from appliance.node.upgrade.request import APPLY, STATES, STATUSES, Request, dump_request, parse_request
+from appliance.node.upgrade.web import FetchError
 
 FLAGS = {word for action in cli.parser()._actions for word in action.option_strings}
 COMMITTED = {
@@ -353,11 +356,15 @@ def test_verbs_that_change_nothing_need_no_unit(unit: Unit, monkeypatch: pytest.
     asked: list[str] = []
 
     def seen(verb: str) -> Callable[..., dict[str, Any]]:
-        return lambda *_: {"status": 2, "text": asked.append(verb)}
+        def answer(*_: object) -> dict[str, Any]:
+            asked.append(verb)
+            return {"status": 2, "text": ""}
+
+        return answer
 
     monkeypatch.setattr(looking, "look", lambda: None)
     for verb in looking.VERBS:
-        monkeypatch.setitem(looking.VERBS, verb, seen(verb))  # type: ignore[arg-type]
+        monkeypatch.setitem(looking.VERBS, verb, seen(verb))
     for words in ("status", "check", "history", "verify", "cleanup", "info", "plan", "--dry-run", "rollback --dry-run"):
         assert main([*words.split(), "--json"]) == 2
     assert asked == ["status", "check", "history", "verify", "cleanup", "info", "plan", "plan", "rollback"]
@@ -368,8 +375,8 @@ def test_verbs_that_change_nothing_need_no_unit(unit: Unit, monkeypatch: pytest.
     ("error", "status", "outcome"),
     [
         (refusals.NoRoom("full"), 3, "refused"), (refusals.Busy("busy"), 6, "locked"),
-        (looking.FetchError("no answer", hint="look"), 1, "failed"), (OSError(5, "broken"), 1, "failed"),
-        (services.ServiceError("btrfs failed"), 1, "failed"), (looking.journal.JournalError("torn"), 1, "failed"),
+        (FetchError("no answer", hint="look"), 1, "failed"), (OSError(5, "broken"), 1, "failed"),
+        (services.ServiceError("btrfs failed"), 1, "failed"), (JournalError("torn"), 1, "failed"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_while_looking_is_told(
@@ -427,6 +434,6 @@ def test_the_recipe_sets_every_setting() -> None:
     recipe = Path(__file__).parents[2] / "recipes/node-tools"
     template = (recipe / "templates/etc/samepage/upgrade.json.j2").read_text()
     values = yaml.safe_load((recipe / "recipe.yaml").read_text())["settings"]
-    for one in node.fields(node.Settings):
+    for one in fields(node.Settings):
         assert f'"{one.name}": {{{{ settings.{one.name}' in template
         assert values[one.name] == one.default

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -149,9 +148,8 @@ def grub(root: Path, entry: str = "") -> tuple[str, Choice | None]:
     return head, Choice(record, release, kernel, int(data))
 
 
-STATES: list[tuple[str | None, str | None]] = list(
-    itertools.product([GOOD, OTHER, "", None, GOOD.replace("1.0", "9"), GOOD.replace("-a", "-z")], repeat=2)
-)
+CONTENTS = (GOOD, OTHER, "", None, GOOD.replace("1.0", "9"), GOOD.replace("-a", "-z"))
+STATES = [(one, two) for one in CONTENTS for two in CONTENTS]
 
 
 @pytest.mark.parametrize("number", range(len(STATES)))
