@@ -50,13 +50,14 @@ class Client:
     url: str
     cookies: dict[str, str] = field(default_factory=dict)
     headers: http.client.HTTPMessage | None = None
+    timeout: float = TIMEOUT  # seconds of silence after which a request has failed
 
     def send(self, body: bytes, verb: str = "POST", path: str = "/api", **headers: str) -> tuple[int, bytes]:
         """Status and body of one request; `headers` are named with _ for -."""
         parts = urlsplit(self.url)
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        connection = http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=TIMEOUT, context=context)
+        connection = http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=self.timeout, context=context)
         wanted = {"Content-Type": "application/json"}
         wanted |= {name.replace("_", "-"): value for name, value in headers.items()}
         if self.cookies:

@@ -111,7 +111,7 @@ class Machine:
         return set((out if status == 0 else self.ssh(command)).split("\n")) - {""}
 
     def client(self) -> Client:
-        return Client(self.url, dict(self.cookies))
+        return Client(self.url, dict(self.cookies), timeout=DEADLINE)
 
     def log(self) -> str:
         return self.instance.console_log.read_text(errors="replace")
