@@ -9,7 +9,7 @@ import click
 
 from appliance.console import Console
 from appliance.errors import ApplianceError
-from bench import boots, builds, bundle
+from bench import boots, builds, bundle, upgrades
 from bench.measure import BenchError
 from bench.report import Report, table
 from bench.workshop import Workshop, machine, open_workshop
@@ -17,7 +17,7 @@ from bench.workshop import Workshop, machine, open_workshop
 BENCHMARKS: dict[str, Callable[[Workshop], None]] = {
     "cold": builds.cold, "change": builds.change, "write": builds.write, "size": builds.size,
     "mkosi": builds.beside_mkosi, "live": boots.live, "installed": boots.installed,
-    "bundle": bundle.bundle,
+    "bundle": bundle.bundle, "upgrades": upgrades.upgrades,
 }  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def main(
 ) -> None:
     """Measure the builder and the appliance beside plain mmdebstrap, mkosi, an untuned Debian VM and other updaters.
 
-    NAMES are cold, change, write, size, mkosi, live, installed and bundle; all when none is given. Needs root for the
+    NAMES are cold, change, write, size, mkosi, live, installed, bundle and upgrades; all when none is given. Needs root for the
     peers. A missed goal is shown, not an error; the exit status is 1 only when a benchmark could not run.
     """
     console = Console()
