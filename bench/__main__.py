@@ -39,8 +39,8 @@ def main(
 ) -> None:
     """Measure the builder and the appliance beside plain mmdebstrap, mkosi, an untuned Debian VM and other updaters.
 
-    NAMES are cold, change, write, size, mkosi, live, installed, bundle and upgrades; all when none is given. Needs root for the
-    peers. A missed goal is shown, not an error; the exit status is 1 only when a benchmark could not run.
+    NAMES are cold, change, write, size, mkosi, live, installed, bundle and upgrades; all when none is given. Needs
+    root for the peers. A missed goal is shown, not an error; the exit status is 1 only when a benchmark could not run.
     """
     console = Console()
     failures: dict[str, str] = {}
