@@ -57,7 +57,8 @@ class Client:
         parts = urlsplit(self.url)
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        connection = http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=self.timeout, context=context)
+        host = parts.hostname or ""
+        connection = http.client.HTTPSConnection(host, parts.port, timeout=self.timeout, context=context)
         wanted = {"Content-Type": "application/json"}
         wanted |= {name.replace("_", "-"): value for name, value in headers.items()}
         if self.cookies:
