@@ -22,6 +22,7 @@ KEY_FOLDERS = ("/etc/samepage/keys", f"{STATE}/upgrade/keys")
 KEY_CREDENTIAL = "/run/credentials/@system/samepage.upgrade-key"
 COUNTER = f"{STATE}/upgrade/counter"
 INCOMING = f"{STATE}/upgrade/incoming"
+WATCHDOG_LIMIT = 65535  # seconds that the kernel's software watchdog can wait
 
 
 class NotUpgradable(Refusal):
@@ -67,7 +68,10 @@ def read_settings(path: str = SETTINGS_FILE) -> Settings:
     for name, default in known.items():
         if type(found.get(name, default)) is not type(default):
             raise NotUpgradable(f"{path}: {name} is no {type(default).__name__}", hint=hint)
-    return Settings(**{name: value for name, value in found.items() if name in known})
+    settings = Settings(**{name: value for name, value in found.items() if name in known})
+    if not 0 < settings.hold_seconds < settings.trial_seconds <= WATCHDOG_LIMIT or not 0 <= settings.budget <= 100:
+        raise NotUpgradable(f"{path}: a number is out of its range", hint=hint)
+    return settings
 
 
 @dataclass(frozen=True, slots=True)
