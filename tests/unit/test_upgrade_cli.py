@@ -421,7 +421,7 @@ def test_settings_are_read_and_checked(tmp_path: Path) -> None:
     path.write_text('{"channel": "https://example.org/c", "keep": 5, "unattended": true, "of_tomorrow": 1}')
     assert node.read_settings(str(path)) == node.Settings("https://example.org/c", keep=5, unattended=True)
     wrong = ('{"keep": "3"}', '{"keep": true}', '{"channel": null}', '{"unattended": 0}')
-    ranges = ('{"trial_seconds": 65536}', '{"hold_seconds": 0}', '{"hold_seconds": 600}', '{"budget": 101}')
+    ranges = ('{"trial_seconds": 65536}', '{"hold_seconds": 0}', '{"trial_seconds": 0}', '{"budget": 101}')
     for content in ("", "[]", "{", "[" * 99999, *wrong, *ranges):
         path.write_text(content)
         with pytest.raises(node.NotUpgradable, match=r"upgrade\.json"):

@@ -69,7 +69,7 @@ def read_settings(path: str = SETTINGS_FILE) -> Settings:
         if type(found.get(name, default)) is not type(default):
             raise NotUpgradable(f"{path}: {name} is no {type(default).__name__}", hint=hint)
     settings = Settings(**{name: value for name, value in found.items() if name in known})
-    if not 0 < settings.hold_seconds < settings.trial_seconds <= WATCHDOG_LIMIT or not 0 <= settings.budget <= 100:
+    if not 0 < settings.trial_seconds <= WATCHDOG_LIMIT or settings.hold_seconds < 1 or not 0 <= settings.budget <= 100:
         raise NotUpgradable(f"{path}: a number is out of its range", hint=hint)
     return settings
 
