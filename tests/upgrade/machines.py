@@ -157,7 +157,7 @@ class Load:
     """Clients that read and write through the front door without a pause, each request on a connection of its own."""
 
     machine: Machine
-    every: float = 0.4  # seconds between the beginnings of requests
+    every: float = 1.0  # seconds between the beginnings of requests
     written: list[str] = field(default_factory=list)  # titles that the node has said are stored
     failures: list[str] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)

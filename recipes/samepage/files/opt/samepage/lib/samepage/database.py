@@ -91,8 +91,8 @@ def make_pool(settings: Settings) -> AsyncConnectionPool[Connection]:
         kwargs={**conninfo(settings, "samepage"), "options": _TIME_LIMITS},
         min_size=1,
         max_size=settings.pool_size,
-        max_waiting=200,
-        timeout=10,
+        max_waiting=1000,  # all that waited at the front door during an upgrade come at once
+        timeout=30,
         reconnect_timeout=8,
         check=_refuse_dead,
         open=False,
