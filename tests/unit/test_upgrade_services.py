@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from appliance.node.upgrade import services
@@ -25,7 +27,7 @@ def facts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int, set[int]
 
     monkeypatch.setattr(services, "systemctl", systemctl)
     monkeypatch.setattr(services, "_processes", lambda _unit: told[0][3])
-    monkeypatch.setattr(services.time, "sleep", lambda _seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
     return told
 
 

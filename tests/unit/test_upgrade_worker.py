@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_door_of_a_stopped_trial_waits_for_somebody(
     found = [BEGUN, BEGUN, replace(BEGUN, stopped=False), last]
     judge(monkeypatch, "stopped")
     monkeypatch.setattr(journal, "read", lambda _root: found.pop(0))
-    monkeypatch.setattr(worker.time, "sleep", lambda _seconds: done.append("sleep"))
+    monkeypatch.setattr(time, "sleep", lambda _seconds: done.append("sleep"))
     assert worker.main("gate") == 0
     assert done == ["sleep", "sleep", "sleep", "READY=1"]
 
@@ -91,12 +92,12 @@ def test_only_one_of_them_at_a_time(done: list[str], monkeypatch: pytest.MonkeyP
     ("outcome", "end"), [(Outcome("rolled-back", BEGUN), (5, "rolled-back")), (None, (1, "failed"))]
 )
 def test_recovery_tells_how_it_ended(
-    done: list[str], monkeypatch: pytest.MonkeyPatch, outcome: Outcome | None, end: tuple[int, str]
+    done: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: Outcome | None, end: tuple[int, str]
 ) -> None:
     monkeypatch.setattr(resume, "after_end", lambda _report: outcome)
     monkeypatch.setattr(resume, "drop_unfinished_files", lambda: done.append("drop"))
     assert worker.main("recover") == 0
-    event = json.loads(Path(worker.EVENTS).read_text())
+    event = json.loads((tmp_path / "events.jsonl").read_text())
     assert (event["state"], event["status"], event["outcome"]) == ("end", *end)
     assert done == ["drop"]
 
