@@ -1,6 +1,6 @@
 """What is refused leaves the node as it was; and what the commands around an upgrade do: channel, downloads, retention.
 
-One woken node serves all tests of this file, in their order: it goes from release 1.0 to 1.6, by small live upgrades.
+One woken node serves all tests of this file, in their order: it goes from release 1.0 to 6.6, by small live upgrades.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def worker(name: str) -> Edit:
 
 @pytest.fixture(scope="module")
 def chain(variants: Variants) -> Variants:
-    """Releases 1.1 to 1.6, each with one edit of its own."""
+    """Releases 6.1 to 6.6, each with one edit of its own."""
     for number in (1, 2, 3, 4):
-        variants.release(f"1.{number}", connections(1000 + number))
+        variants.release(f"6.{number}", connections(1000 + number))
     for number in (5, 6):
-        variants.release(f"1.{number}", worker(f"No. {number}, Samepage's"))
+        variants.release(f"6.{number}", worker(f"No. {number}, Samepage's"))
     return variants
 
 
@@ -145,14 +145,14 @@ BAD: dict[str, tuple[Callable[[bytes], bytes], str, str]] = {
 
 
 def test_a_bundle_that_is_not_good_is_refused(node: Machine, chain: Variants) -> None:
-    content = chain.bundle("1.0", "1.1").read_bytes()
+    content = chain.bundle("1.0", "6.1").read_bytes()
     with nothing_happens(node):
         for make, reason, message in BAD.values():
             refused(node, f"install {node.put(make(content), '/tmp/bad.bundle')}", reason, message)
 
 
 def test_a_key_must_be_trusted_and_not_revoked(node: Machine, chain: Variants, tmp_path: Path) -> None:
-    foreign = making.make(chain.made["1.0"], chain.made["1.1"], OTHER, tmp_path / "foreign.bundle").path
+    foreign = making.make(chain.made["1.0"], chain.made["6.1"], OTHER, tmp_path / "foreign.bundle").path
     place = node.put(foreign, "/tmp/foreign.bundle")
     with nothing_happens(node):
         refused(node, f"install {place}", "unknown-key", OTHER.id)
@@ -168,7 +168,7 @@ def test_a_key_must_be_trusted_and_not_revoked(node: Machine, chain: Variants, t
 
 
 def test_an_upgrade_that_has_no_room_does_not_begin(node: Machine, chain: Variants) -> None:
-    place = node.put(chain.bundle("1.0", "1.1"), "/tmp/good.bundle")
+    place = node.put(chain.bundle("1.0", "6.1"), "/tmp/good.bundle")
     free = int(node.ssh("df -B1 --output=avail /state | tail -n 1"))
     node.ssh(f"fallocate -l {free - 150_000_000} /state/filler")
     with nothing_happens(node):
@@ -178,7 +178,7 @@ def test_an_upgrade_that_has_no_room_does_not_begin(node: Machine, chain: Varian
 
 
 def test_only_one_upgrade_runs(node: Machine, chain: Variants) -> None:
-    place = node.put(chain.bundle("1.0", "1.1"), "/tmp/good.bundle")
+    place = node.put(chain.bundle("1.0", "6.1"), "/tmp/good.bundle")
     node.ssh("mkdir -p /run/samepage/upgrade")
     for lock, words in (("front.lock", f"install {place}"), ("lock", f"install {place}"), ("lock", "cleanup")):
         node.ssh(f"flock /run/samepage/upgrade/{lock} sleep 1000 >/dev/null 2>&1 & echo $! >/tmp/holder; sleep 0.5")
@@ -190,25 +190,25 @@ def test_only_one_upgrade_runs(node: Machine, chain: Variants) -> None:
 
 
 def test_of_two_upgrades_at_once_one_is_refused(node: Machine, chain: Variants) -> None:
-    place = node.put(chain.bundle("1.0", "1.1"), "/tmp/good.bundle")
+    place = node.put(chain.bundle("1.0", "6.1"), "/tmp/good.bundle")
     node.ssh(f"for n in 1 2; do {TOOL} install {place} --download-only --json >/tmp/out.$n 2>/dev/null & done; wait")
     results = [json.loads(node.ssh(f"cat /tmp/out.{number}")) for number in (1, 2)]
     assert sorted((one["status"], one["outcome"]) for one in results) == [(0, "downloaded"), (6, "locked")]
-    node.ssh("rm -r /state/releases/1.1")
+    node.ssh("rm -r /state/releases/6.1")
 
 
 def test_looking_and_planning_change_nothing(node: Machine, chain: Variants) -> None:
-    place = node.put(chain.bundle("1.0", "1.1"), "/tmp/good.bundle")
+    place = node.put(chain.bundle("1.0", "6.1"), "/tmp/good.bundle")
     with nothing_happens(node):
         look(node, place)
 
 
 def look(node: Machine, place: str) -> None:
     status, planned = node.tool(f"plan {place}")
-    assert (status, planned["outcome"], planned["class"], planned["to"]) == (0, "planned", "live", "1.1")
+    assert (status, planned["outcome"], planned["class"], planned["to"]) == (0, "planned", "live", "6.1")
     assert planned["units"] == {"nginx.service": "reload"}
     assert node.tool(f"--dry-run {place}")[1] == planned
-    assert node.tool(f"info {place}")[1]["version"] == "1.1"
+    assert node.tool(f"info {place}")[1]["version"] == "6.1"
     assert node.tool("rollback --dry-run")[0] == 2
     assert node.tool("commit --dry-run")[1]["release"] == "1.0"
     assert node.tool("verify")[1]["wrong"] == []
@@ -237,10 +237,10 @@ def test_wrong_usage_is_told_apart(node: Machine) -> None:
 
 @pytest.fixture(scope="module")
 def served(node: Machine, chain: Variants, tmp_path_factory: pytest.TempPathFactory) -> Index:
-    """A channel on the node, with bundles 1.0 -> 1.1 -> 1.2."""
+    """A channel on the node, with bundles 1.0 -> 6.1 -> 6.2."""
     folder = tmp_path_factory.mktemp("channel")
     now = int(node.ssh("date +%s"))
-    for start, goal in (("1.0", "1.1"), ("1.1", "1.2")):
+    for start, goal in (("1.0", "6.1"), ("6.1", "6.2")):
         index = channel.add(folder, [chain.bundle(start, goal)], SIGNER, now)
     for file in folder.iterdir():
         node.put(file, f"{CHANNEL}/{file.name}")
@@ -253,7 +253,7 @@ def publish(node: Machine, index: Index, signer: Signer = SIGNER) -> None:
 
 def test_the_channel_says_that_there_is_something_newer(node: Machine, served: Index) -> None:
     status, found = node.tool("check")
-    assert (status, found["newest"], found["running"]) == (0, "1.2", "1.0")
+    assert (status, found["newest"], found["running"]) == (0, "6.2", "1.0")
     assert node.ssh("cat /state/upgrade/counter").strip() == str(served.counter)
 
 
@@ -266,7 +266,7 @@ INDEXES: dict[str, tuple[Callable[[Index], Index], str, str]] = {
     "of older releases": (
         lambda one: but(one, releases=(but(one.releases[0], version="0.9", manifest="f" * 64),)), "downgrade", "0.9"
     ),
-    "without a way": (lambda one: but(one, bundles=one.bundles[1:]), "no-way", "from release 1.0 to 1.2"),
+    "without a way": (lambda one: but(one, bundles=one.bundles[1:]), "no-way", "from release 1.0 to 6.2"),
     "that revokes its own key": (lambda one: but(one, revoked=frozenset({SIGNER.id})), "revoked-key", SIGNER.id),
 }  # fmt: skip
 
@@ -309,7 +309,7 @@ def test_a_key_revoked_by_the_channel_signs_no_bundle(node: Machine, served: Ind
     """The site trusts the key, but the channel's index says that it is lost."""
     folder = chain.folder / "foreign"
     folder.mkdir(exist_ok=True)
-    path = making.make(chain.made["1.0"], chain.made["1.1"], OTHER, folder / "foreign.bundle").path
+    path = making.make(chain.made["1.0"], chain.made["6.1"], OTHER, folder / "foreign.bundle").path
     content = path.read_bytes()
     entry = but(served.bundles[0], file=path.name, size=len(content), sha256=making.sha256(content).hexdigest())
     node.put(content, f"{CHANNEL}/{path.name}")
@@ -325,9 +325,9 @@ def test_a_key_revoked_by_the_channel_signs_no_bundle(node: Machine, served: Ind
 def test_a_bare_call_upgrades_through_all_bundles(node: Machine, served: Index) -> None:
     publish(node, served)
     status, planned = node.tool("plan")
-    assert (status, planned["from"], planned["to"], planned["class"]) == (0, "1.0", "1.2", "live")
+    assert (status, planned["from"], planned["to"], planned["class"]) == (0, "1.0", "6.2", "live")
     status, found = node.tool()
-    assert (status, found["outcome"], found["from"], found["to"]) == (0, "committed", "1.0", "1.2"), found
+    assert (status, found["outcome"], found["from"], found["to"]) == (0, "committed", "1.0", "6.2"), found
     assert found["units"] == {"nginx.service": "reload"}
     assert "worker_connections 1002;" in node.ssh("cat /etc/nginx/nginx.conf")
     assert node.ssh("ls -A /state/upgrade/incoming") == ""
@@ -341,14 +341,14 @@ def test_a_bare_call_upgrades_through_all_bundles(node: Machine, served: Index) 
 
 
 def test_a_downgrade_must_be_allowed(node: Machine, chain: Variants) -> None:
-    place = node.put(chain.bundle("1.2", "1.1"), "/tmp/down.bundle")
+    place = node.put(chain.bundle("6.2", "6.1"), "/tmp/down.bundle")
     with nothing_happens(node):
-        refused(node, f"install {place}", "downgrade", "older than 1.2")
+        refused(node, f"install {place}", "downgrade", "older than 6.2")
     status, found = node.tool(f"install {place} --allow-downgrade")
-    assert (status, found["outcome"], found["to"]) == (0, "committed", "1.1"), found
+    assert (status, found["outcome"], found["to"]) == (0, "committed", "6.1"), found
     assert "worker_connections 1001;" in node.ssh("cat /etc/nginx/nginx.conf")
     status, found = node.tool("rollback --yes")
-    assert (status, found["outcome"], found["to"]) == (0, "committed", "1.2"), found
+    assert (status, found["outcome"], found["to"]) == (0, "committed", "6.2"), found
 
 
 SERVER = """
@@ -367,12 +367,12 @@ with serving(Site(content=pathlib.Path("/tmp/web/bundle").read_bytes(), cuts=[30
 def test_a_download_that_breaks_off_goes_on_where_it_was(node: Machine, chain: Variants) -> None:
     node.put(WEB, "/tmp/web/webserver.py")
     node.put(SERVER.encode(), "/tmp/web/server.py")
-    node.put(chain.bundle("1.2", "1.3"), "/tmp/web/bundle")
+    node.put(chain.bundle("6.2", "6.3"), "/tmp/web/bundle")
     node.ssh("cd /tmp/web && (python3 server.py >log 2>&1 & echo $! >pid); until grep -q http log; do sleep 0.2; done")
     url = node.ssh("head -n 1 /tmp/web/log").strip()
     progress = "--progress-fd 3 3>/tmp/progress"
     status, found = node.tool(f"install {url}/next.bundle {progress}")
-    assert (status, found["outcome"], found["to"]) == (0, "committed", "1.3"), found
+    assert (status, found["outcome"], found["to"]) == (0, "committed", "6.3"), found
     node.ssh("while kill -0 $(cat /tmp/web/pid) 2>/dev/null; do sleep 0.2; done")
     assert node.ssh("cat /tmp/web/log").splitlines()[1:] == ["", "bytes=300-", "bytes=500-"]
     events = [json.loads(line) for line in node.ssh("cat /tmp/progress").splitlines()]
@@ -386,22 +386,22 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(node: Machine, chain: V
 
 
 def test_what_is_downloaded_is_upgraded_to_later(node: Machine, served: Index, chain: Variants) -> None:
-    path = chain.bundle("1.3", "1.4")
+    path = chain.bundle("6.3", "6.4")
     node.put(path, f"{CHANNEL}/{path.name}")
-    start, goal = (chain.made[version].digest for version in ("1.3", "1.4"))
+    start, goal = (chain.made[version].digest for version in ("6.3", "6.4"))
     content = path.read_bytes()
     entry = BundleEntry(path.name, start, goal, len(content), making.sha256(content).hexdigest())
-    publish(node, but(served, counter=3, releases=(ReleaseEntry("1.4", goal),), bundles=(entry,)))
+    publish(node, but(served, counter=3, releases=(ReleaseEntry("6.4", goal),), bundles=(entry,)))
     before = node.invocations()
     status, found = node.tool("--download-only")
-    assert (status, found["outcome"], found["from"], found["to"]) == (0, "downloaded", "1.3", "1.4"), found
+    assert (status, found["outcome"], found["from"], found["to"]) == (0, "downloaded", "6.3", "6.4"), found
     after = node.status()
-    assert (after["release"], after["unfinished"]) == ("1.3", None)
-    assert "1.4" in after["releases"]
+    assert (after["release"], after["unfinished"]) == ("6.3", None)
+    assert "6.4" in after["releases"]
     assert changed(before, node.invocations()) == set()
     node.ssh(f"rm {CHANNEL}/{path.name}")
     status, found = node.tool()
-    assert (status, found["outcome"], found["to"]) == (0, "committed", "1.4"), found
+    assert (status, found["outcome"], found["to"]) == (0, "committed", "6.4"), found
 
 
 # --- retention -------------------------------------------------------------------------------------------------------
@@ -414,14 +414,14 @@ def kept(node: Machine) -> tuple[set[str], set[int]]:
 
 
 def test_only_so_many_releases_and_their_data_stay(node: Machine, chain: Variants) -> None:
-    assert kept(node) == ({"1.2", "1.3", "1.4"}, {1})
-    for start, goal in (("1.4", "1.5"), ("1.5", "1.6")):
+    assert kept(node) == ({"6.2", "6.3", "6.4"}, {1})
+    for start, goal in (("6.4", "6.5"), ("6.5", "6.6")):
         status, found = node.upgrade(chain.bundle(start, goal))
         assert (status, found["outcome"], found["holds"]) == (0, "committed", True), found
     releases, data = kept(node)
     found = node.status()
     left = {one["data"] for one in found["releases"].values()}
-    assert releases == {"1.4", "1.5", "1.6"} == set(found["releases"])
+    assert releases == {"6.4", "6.5", "6.6"} == set(found["releases"])
     assert data == {found["data"]} | left - {None}
     assert len(data) == 3
     layers = {name for name in node.ssh("ls /state/layers").split() if name.startswith("config-")}
@@ -434,12 +434,12 @@ def test_only_so_many_releases_and_their_data_stay(node: Machine, chain: Variant
 
 def test_data_goes_with_its_release(node: Machine, chain: Variants) -> None:
     _, before = kept(node)
-    leaves = node.status()["releases"]["1.4"]["data"]
-    place = node.put(chain.bundle("1.6", "1.1"), "/tmp/down.bundle")
+    leaves = node.status()["releases"]["6.4"]["data"]
+    place = node.put(chain.bundle("6.6", "6.1"), "/tmp/down.bundle")
     status, found = node.tool(f"install {place} --allow-downgrade")
     assert (status, found["outcome"]) == (0, "committed"), found
     releases, data = kept(node)
-    assert releases == {"1.1", "1.5", "1.6"}
+    assert releases == {"6.1", "6.5", "6.6"}
     assert leaves in before
     assert leaves not in data
     node.put(b"rest", "/state/layers/app-0000.erofs.partial")
