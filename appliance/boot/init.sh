@@ -140,6 +140,11 @@ mount_layers() {
 
 return_to_previous() { # the record of the chosen release is broken: choose the last good one and start again
     local boot=/mnt/boot
+    if [ -n "$trial" ]; then # it was never chosen
+        alert "release $release cannot be read; restarting with the one that is chosen"
+        umount -r /mnt
+        reboot -f
+    fi
     if [ -s $boot/previous.cfg ] && ! grep -q "'$release'" $boot/previous.cfg && [ -d /mnt/releases ]; then
         alert "release $release cannot be read; restarting with the release before it"
         cp $boot/previous.cfg $boot/selected.new && sync && mv $boot/selected.new $boot/selected.cfg && sync

@@ -169,6 +169,13 @@ def test_grub_tries_a_release_once(tmp_path: Path) -> None:
     assert grub(root, "something") == ("default=selected saved=", SELECTED)
 
 
+def test_a_release_that_is_tried_and_cannot_be_started_gives_way_to_the_chosen_one(tmp_path: Path) -> None:
+    root = tree(tmp_path, {"selected": GOOD, "previous": OTHER})
+    assert grub(root, "try") == ("default=try saved=empty", SELECTED)
+    (root / "kernels/6.12-a/vmlinuz").write_text("")
+    assert grub(root, "try") == ("default=try saved=empty", PREVIOUS)
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
