@@ -74,8 +74,8 @@ def measure(
 
 
 def _wait(process: subprocess.Popen[bytes], deadline: float) -> tuple[int, resource.struct_rusage, int]:
-    """os.wait4 with a deadline, precise to 5 ms; with the peak of memory, which wait4 would mix with our own."""
-    memory = 0
+    """os.wait4 with a deadline, precise to 5 ms or 1 %; with the peak of memory, which wait4 would mix with our own."""
+    memory, started = 0, time.monotonic()
     while True:
         memory = max(memory, peak_memory(process.pid))
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -83,7 +83,7 @@ def _wait(process: subprocess.Popen[bytes], deadline: float) -> tuple[int, resou
             return status, usage, memory
         if time.monotonic() > deadline:
             raise BenchError(f"not finished in its time: {process.args!r}")
-        time.sleep(0.005)
+        time.sleep(min(0.1, max(0.005, (time.monotonic() - started) / 100)))
 
 
 def peak_memory(pid: int) -> int:
