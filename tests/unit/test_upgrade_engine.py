@@ -347,6 +347,26 @@ def test_any_call_fails(world: World, depth: str, with_data: bool, error: Except
             ended(world)
 
 
+@pytest.mark.parametrize("healthy", [True, False])
+@pytest.mark.parametrize(("depth", "with_data"), [one for one in CLASSES if one[1]])
+def test_clients_wait_until_the_old_release_serves_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, depth: str, with_data: bool, healthy: bool
+) -> None:
+    """A door before a product that only starts would send them away; one that stays shut is no better."""
+
+    def probe(_seconds: float, *, behind_door: bool) -> None:
+        world.reach(f"probe {behind_door}")
+        if world.running == "1.1" or not healthy:
+            raise judging.Failed("not healthy")
+
+    monkeypatch.setattr(judging, "wait_healthy", probe)
+    upgrade(world.anew(), depth, with_data)
+    assert ended(world) == "rolled-back"
+    back = max(number for number, call in enumerate(world.calls) if call.startswith("["))
+    after = world.calls[back:]
+    assert after.index("end of the trial") < after.index("probe True") < after.index("open")
+
+
 @pytest.mark.parametrize(("depth", "with_data"), CLASSES)
 def test_power_is_cut_anywhere(world: World, depth: str, with_data: bool) -> None:
     for number in every_call(world):

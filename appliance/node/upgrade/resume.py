@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 
-from appliance.node.upgrade import engine, journal, mounts, records, services, trial
+from appliance.node.upgrade import engine, journal, judging, mounts, records, services, trial
 from appliance.node.upgrade.engine import Job, Outcome, Report
 from appliance.node.upgrade.journal import Journal, JournalError
 from appliance.node.upgrade.node import STATE, Node, look
@@ -65,13 +65,11 @@ def _old_runs(job: Job, runs: tuple[str, int]) -> Outcome:
     if runs == (begun.old, begun.old_data) or runs == (begun.old, begun.running_data):
         with suppress(OSError):  # no room, perhaps: the release runs all the same
             engine.choose_old(job, runs[1])
-        services.notify("READY=1")
-        trial.end()
+        _let_clients_in(job)
         if not begun.opened:
             engine.remove_new_data(job, runs[1])
     else:  # GRUB found neither of the two in order and took the one before
-        services.notify("READY=1")
-        trial.end()
+        _let_clients_in(job)
         records.put(job.root, records.select(job.node.running, job.node.data))
     tried = begun.failed or STATES.index(begun.state) >= STATES.index("switch")
     message = begun.message or (_SILENT[begun.depth] if tried and begun.depth in _SILENT else engine.RESTARTED)
@@ -79,6 +77,17 @@ def _old_runs(job: Job, runs: tuple[str, int]) -> Outcome:
     outcome = "rolled-back" if tried else "failed"
     engine.remember(job, outcome)
     return Outcome(outcome, job.journal, job.journal.reason, message)
+
+
+def _let_clients_in(job: Job) -> None:
+    """Open the front door once what is behind it serves: clients wait at it, and would be sent away otherwise.
+
+    Nothing is judged. A release that ran before is let serve even where it is not healthy in time.
+    """
+    trial.end()  # its time was for the restart; how long the services take now is not for the watchdog
+    with suppress(Exception):
+        judging.wait_healthy(job.node.settings.gate_seconds, behind_door=True)
+    services.notify("READY=1")
 
 
 def after_end(report: Report) -> Outcome | None:
