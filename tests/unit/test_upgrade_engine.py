@@ -223,6 +223,7 @@ def world(partition: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Wor
         (services, "forget_failures", lambda: made.reach("forget failures")),
         (mounts, "swap", swap), (mounts, "build_next_root", build),
         (mounts, "drop_next_root", lambda: made.reach("drop next root")),
+        (mounts, "keep_config", lambda _trees: None),
         (trial, "arm", lambda _seconds: made.reach("arm")), (trial, "end", end), (trial, "reboot", reboot),
         (trial, "soft_reboot", soft_reboot), (trial, "boot_once", boot_once), (trial, "show_release", show),
         (services, "serves", lambda _unit: made.door == "open"), (services, "shut", lambda _unit: made.reach("shut")),

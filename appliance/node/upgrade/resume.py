@@ -39,6 +39,7 @@ def after_boot(report: Report) -> Outcome | None:
     """
     try:
         node = look()
+        mounts.keep_config(node.trees(node.running))
         begun = journal.read(node.root)
         if begun is None:
             return None
