@@ -129,11 +129,11 @@ def _layers(bench: Bench, change: Change, folder: Path) -> Given:
     return Given(*trees, tuple(files), tuple(files))
 
 
-def _plain(_bench: Bench, change: Change, folder: Path) -> Given:
+def _plain(bench: Bench, change: Change, folder: Path) -> Given:
     """Plain Debian trees of the same change."""
     trees = change.plain(folder)
     tars = tuple(peers.as_tar(tree, folder / f"{number}.tar") for number, tree in enumerate(trees))
-    images = tuple(peers.as_image(tree, folder / f"{number}.img") for number, tree in enumerate(trees))
+    images = tuple(bench.image(tree, folder / f"{number}.img") for number, tree in enumerate(trees))
     return Given(*trees, ((tars[0], tars[1]),), ((images[0], images[1]),))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -166,20 +165,6 @@ def run_peers(given: Given, cache: Path) -> dict[str, Taken | BenchError]:
             except BenchError as error:
                 found[name] = error
     return found
-
-
-def as_image(folder: Path, image: Path) -> Path:
-    """An ext4 file system of a folder, for what works on blocks; the same folder gives the same blocks."""
-    size = sum(4 * BLOCK + path.lstat().st_size for path in folder.rglob("*"))
-    identity = "3f6f1f1a-0f0c-4f2e-9b77-5a2d1c9e4b10"
-    with image.open("wb") as file:
-        os.truncate(file.fileno(), (size + size // 5 + (64 << 20)) >> 20 << 20)
-    measure(
-        ["mkfs.ext4", "-q", "-F", "-O", "^has_journal", "-U", identity, "-E", f"hash_seed={identity}", "-d", folder,
-         image],
-        log=image.with_suffix(".log"), env={"E2FSPROGS_FAKE_TIME": "1700000000"},
-    )  # fmt: skip
-    return image
 
 
 def as_tar(folder: Path, tar: Path) -> Path:
