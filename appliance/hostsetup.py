@@ -58,6 +58,7 @@ SETS: dict[str, tuple[HostPackage, ...]] = {
         HostPackage("mtools", ("mcopy",), "reads the EFI partition that was written"),
         HostPackage("ruby", ("ruby",), "reads the Vagrantfile"),
         HostPackage("cpio", ("cpio",), "reads the RAM disk that was written"),
+        HostPackage("groff-base", ("groff",), "reads the manual page of the node's tool"),
     ),
 }
 OPTIONAL_SETS = frozenset({"test"})  # without these, tests are skipped with the reason
