@@ -162,6 +162,8 @@ def _writing(file: _File) -> Iterator[IO[bytes]]:
     try:
         with open(file.path + PARTIAL, "w+b") as out:
             yield out
+        # The name must not reach the disk before the content: after a power cut, what has a name is taken for whole.
+        records.commit(os.path.dirname(file.path))
         os.rename(file.path + PARTIAL, file.path)
     except BaseException:
         if os.path.exists(file.path + PARTIAL):
