@@ -67,7 +67,7 @@ def settled(node: Machine, version: str) -> dict[str, Any]:
     assert {int(name) for name in node.ssh("ls /state/data").split()} == kept
     assert left_files(node) == []
     assert node.run("test -e /run/samepage/trial")[0] == 1
-    assert "/run/nextroot" not in node.ssh("cat /proc/self/mountinfo")
+    assert "/run/nextroot" not in node.ssh("findmnt -rn -o TARGET")
     return found
 
 
