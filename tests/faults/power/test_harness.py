@@ -24,7 +24,7 @@ from tests.faults.power.timeline import LIVE, SNAPSHOT, Findings, Mark, Operatio
 from tests.unit.releases import Maker
 
 PROJECT = Path(__file__).parents[3]
-SIZE = 256 << 20
+SIZE = 768 << 20  # bytes; the file is sparse
 OLD, NEW = State("1.0", LIVE), State("1.1", LIVE)
 KEPT = State("1.0", SNAPSHOT)
 SEED = 20261125
