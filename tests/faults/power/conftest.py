@@ -70,6 +70,7 @@ class Recorded:
     folder: Path
     seen: dict[str, list[tuple[Cut, Look]]] = field(default_factory=dict)
     findings: dict[str, Findings] = field(default_factory=dict)
+    boots: int = 0
 
     def operation(self, name: str) -> Operation:
         return next(one for one in self.recording.done if one.name == name).operation(self.entries)

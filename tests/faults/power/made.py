@@ -35,6 +35,9 @@ MIGRATION = write(
     "CREATE TABLE power AS SELECT id, title FROM items;\nALTER TABLE items ADD COLUMN power integer;\n",
 )
 LEVEL = replace("recipes/samepage/recipe.yaml", "schema_level: 3", "schema_level: 4")
+TRIAL = replace(
+    "recipes/node-tools/recipe.yaml", "trial_seconds: 600", "trial_seconds: 300"
+)  # or it takes long to fail
 BROKEN = replace(SERVICE, "ExecStart=/opt/samepage/bin/samepage-server", "ExecStart=/bin/false")
 
 
@@ -74,8 +77,8 @@ class Releases:
                 "1.2": lambda: self.variants.release("1.2", NGINX, UNIT),  # live, with a unit that keeps data
                 "1.3": lambda: self._other_base("1.3", self.variants.release("1.3-", NGINX, UNIT, MIGRATION, LEVEL)),
                 "1.4": lambda: self._other_kernel("1.4", self.variants.release("1.4-", NGINX, UNIT, MIGRATION, LEVEL)),
-                "1.5": lambda: self._other_base("1.5", self.variants.release("1.5-", NGINX, UNIT, BROKEN)),
-                "1.6": lambda: self._other_kernel("1.6", self.variants.release("1.6-", NGINX, UNIT, BROKEN)),
+                "1.5": lambda: self._other_base("1.5", self.variants.release("1.5-", NGINX, UNIT, BROKEN, TRIAL)),
+                "1.6": lambda: self._other_kernel("1.6", self.variants.release("1.6-", NGINX, UNIT, BROKEN, TRIAL)),
             }[version]()
         return self.made[version]
 

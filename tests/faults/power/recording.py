@@ -23,6 +23,7 @@ from tests.faults.power.timeline import SNAPSHOT, Mark, Operation, State, index_
 from tests.upgrade.machines import TARGET, TOOL, Machine
 
 PAUSE = 0.2  # seconds between two rows
+TRIAL_SECONDS = 1200  # that a release may take to come up, or to fail and give way
 # Commits btrfs' transactions as often as a busy system may, and without waiting for data that is still to be written:
 # what was written without care is then on the disk in part.
 HURRY = """
@@ -137,7 +138,7 @@ class Recording:
 
         found = self._tool(words, event)
         if found.get("outcome") == "restarting":
-            found = settled(self.machine)["last"]
+            found = settled(self.machine, TRIAL_SECONDS)["last"]
         assert found.get("outcome", "") == outcome, f"{name}: {found}"
         marks.append(Mark(self.offset(), states[-1]))
         self.machine.wait_healthy()

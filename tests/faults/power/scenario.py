@@ -65,6 +65,10 @@ FULL = (
         "rollback-reboot", (State("1.4", LIVE), State("1.2", OTHER)), words=("rollback",),
         tried=State("1.2", OTHER), restores="reboot",
     ),
+    Step(
+        "download", (State("1.2", LIVE),),
+        words=("install", place("1.2", "1.5"), "--download-only", "--retry"), outcome="downloaded",
+    ),
     Step("cleanup", (State("1.2", LIVE),), words=("cleanup",), outcome=""),
 )  # fmt: skip
 
