@@ -80,7 +80,7 @@ def _wait(process: subprocess.Popen[bytes], deadline: float) -> tuple[int, resou
         memory = max(memory, peak_memory(process.pid))
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
-            return status, usage, memory or usage.ru_maxrss * 1024  # it ended before it was looked at
+            return status, usage, memory
         if time.monotonic() > deadline:
             raise BenchError(f"not finished in its time: {process.args!r}")
         time.sleep(min(0.1, max(0.005, (time.monotonic() - started) / 100)))
