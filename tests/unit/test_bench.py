@@ -361,7 +361,8 @@ def test_the_nodes_own_code_applies_a_bundle_and_is_measured(tmp_path: Path) -> 
     root = tmp_path / "node"
     root.mkdir()
     words = (bundle._node_with(change, root), path, bundle._node(change), SIGNER.public.hex())
-    assert 0 < bundle._on_node("stage", *words).memory < 64 << 20
+    peaks = [bundle._on_node("stage", *words).memory for _ in range(6)]  # a busy machine may miss the peak of some
+    assert 0 < max(peaks) < 64 << 20
     made = bundle._made(change)
     assert sorted(file.name for file in made) == sorted(one.digest for one in new.manifest.layers if one.kind != "app")
     assert {file.name for file in (root / "layers").iterdir() if not file.is_symlink()} == {

@@ -266,7 +266,7 @@ def test_killed_before_anything_is_switched(node: Machine, product: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "state", [pytest.param(one, marks=FULL) for one in ("switch", "migrate", "health", "commit", "open")]
+    "state", ["migrate", *(pytest.param(one, marks=FULL) for one in ("switch", "health", "commit", "open"))]
 )
 def test_killed_later(node: Machine, product: Path, state: str) -> None:
     place = put_bundle(node, product)
@@ -301,7 +301,6 @@ def test_killed_judge(node: Machine, userspace: Path) -> None:
 # --- cut off ---------------------------------------------------------------------------------------------------------
 
 
-@FULL
 def test_cancelled_or_killed_while_staging(node: Machine, userspace: Path) -> None:
     place, begun = put_bundle(node, userspace), node.status()
     for signal, file in ((2, "/run/front"), (9, CGROUP)):
@@ -317,7 +316,6 @@ def test_cancelled_or_killed_while_staging(node: Machine, userspace: Path) -> No
     assert came_back_unchanged.strip() == ""
 
 
-@FULL
 def test_one_at_a_time_and_a_lost_connection(node: Machine, nginx: Path) -> None:
     place = put_bundle(node, nginx)
     kill_in(node, "migrate", 19)  # SIGSTOP
