@@ -18,18 +18,17 @@ from appliance.tools import Tools
 CODE = Path(__file__).parent
 
 
-def make_kernel(tree: Rootfs, lock: Lock, store: Store) -> Kernel:
+def make_kernel(tree: Rootfs, store: Store) -> Kernel:
     """The kernel of the tree with a RAM disk made for it."""
     version = tree.kernel
     inputs = {
         "boot chain": tree.boot.parent.name,
-        "clock": str(lock.epoch),
         "initrd code": code_digest(["initrd.py", "boot/init.sh"]),
     }
 
     def build(folder: Path) -> None:
         shutil.copyfile(tree.boot / "boot" / f"vmlinuz-{version}", folder / "vmlinuz")
-        initrd.build(tree.boot, folder / "initrd", lock.epoch)
+        initrd.build(tree.boot, folder / "initrd")
         digests = {name: digest(folder / name) for name in ("vmlinuz", "initrd")}
         (folder / "digests.json").write_text(json.dumps(digests), encoding="ascii")
 

@@ -1,7 +1,8 @@
 """The initial RAM disk: one shell script, busybox and the kernel modules that reach a disk.
 
 It is an uncompressed cpio archive in the "newc" format, written here so that the same tree gives the same bytes on
-every host. Nothing in it depends on a release: which one boots is said on the kernel command line.
+every host. Nothing in it depends on a release or on the day of a lock: which release boots is said on the kernel's
+command line, and a RAM disk that differs in dates alone would make every upgrade a restart of the machine.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def plain(path: str, content: bytes) -> Entry:
     return Entry(path, stat.S_IFREG | 0o644, content)
 
 
-def pack(entries: Iterable[Entry], epoch: int) -> bytes:
-    """A newc archive of the entries, sorted by path, owned by root, dated `epoch` (seconds); parents are added."""
+def pack(entries: Iterable[Entry]) -> bytes:
+    """A newc archive of the entries, sorted by path, owned by root, dated 1970; parents are added."""
     members = {entry.path: entry for entry in entries}
     for path in list(members):
         for parent in Path(path).parents:
@@ -73,17 +74,17 @@ def pack(entries: Iterable[Entry], epoch: int) -> bytes:
                 members[str(parent)] = folder(str(parent))
     chunks: list[bytes] = []
     for inode, path in enumerate(sorted(members), start=1):
-        chunks += _member(members[path], inode, epoch)
-    chunks += _member(Entry("TRAILER!!!", 0), 0, 0)
+        chunks += _member(members[path], inode)
+    chunks += _member(Entry("TRAILER!!!", 0), 0)
     size = sum(map(len, chunks))
     chunks.append(bytes(-size % 512))
     return b"".join(chunks)
 
 
-def _member(entry: Entry, inode: int, epoch: int) -> Iterator[bytes]:
+def _member(entry: Entry, inode: int) -> Iterator[bytes]:
     name = entry.path.encode() + b"\0"
     links = 2 if stat.S_ISDIR(entry.mode) else 1
-    fields = (inode, entry.mode, 0, 0, links, epoch, len(entry.content), 0, 0, *entry.device, len(name), 0)
+    fields = (inode, entry.mode, 0, 0, links, 0, len(entry.content), 0, 0, *entry.device, len(name), 0)
     header = b"070701" + b"".join(b"%08x" % field for field in fields) + name
     yield header + bytes(-len(header) % 4)
     yield entry.content + bytes(-len(entry.content) % 4)
@@ -228,11 +229,11 @@ def _read(tree: Path, path: str) -> bytes:
         ) from error
 
 
-def build(tree: Path, out: Path, epoch: int) -> Path:
-    """Write the RAM disk for the kernel in `tree` to `out` and return it. `epoch` dates its members, in seconds."""
+def build(tree: Path, out: Path) -> Path:
+    """Write the RAM disk for the kernel in `tree` to `out` and return it."""
     temporary = out.with_name(out.name + ".new")
     with temporary.open("wb") as file:
-        file.write(pack(entries(tree), epoch))
+        file.write(pack(entries(tree)))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(out)

@@ -153,7 +153,7 @@ def assemble(options: Options, model: Model, trees: tuple[RenderedTree, ...], lo
     toolbox = tools.prepare(lock, store, obtain)
     tree = rootfs.build(lock, model, store, obtain)
     made = make_layers(options, model, trees, tree, toolbox, lock, store)
-    kernel = make_kernel(tree, lock, store)
+    kernel = make_kernel(tree, store)
     boot = make_boot_files(toolbox, options.version, lock, store)
     made_release = release.make(model, lock, made, kernel, lock.sets["full"])
     return Built(options, model, trees, lock, made_release, boot, tree, toolbox, store)

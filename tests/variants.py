@@ -58,7 +58,7 @@ def release_lock(cache: Path) -> Lock:
 
 
 def without_kernel(new: Lock, old: Lock) -> Lock:
-    """The packages of `new`, but the kernel of `old`."""
+    """The packages of `new`, but the kernel of `old`, in a lock of another day than either's."""
 
     def mixed(name: str) -> tuple[Package, ...]:
         kernels = tuple(one for one in old.sets[name] if one.name.startswith("linux-image"))
@@ -66,7 +66,7 @@ def without_kernel(new: Lock, old: Lock) -> Lock:
         return tuple(sorted((*kernels, *others), key=lambda one: one.name))
 
     sets = {name: mixed(name) if name != "tools" else packages for name, packages in new.sets.items()}
-    return Lock(new.suite, new.epoch, new.wanted, frozen_map(sets))
+    return Lock(new.suite, max(new.epoch, old.epoch) + 86_400, new.wanted, frozen_map(sets))
 
 
 def with_lock(lock: Lock) -> Edit:

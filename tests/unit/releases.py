@@ -56,7 +56,7 @@ class Maker:
             )
             layers.append(LayerRecord("config", node, config.digest, config.size))
         vmlinuz = self.keep(NOISE[::-1][:5000] + kernel)
-        disk = self.keep(initrd.pack([initrd.plain("lib/module.ko", NOISE[:20_000] + kernel)], 7))
+        disk = self.keep(initrd.pack([initrd.plain("lib/module.ko", NOISE[:20_000] + kernel)]))
         name = f"6.12-{vmlinuz.digest[:8]}{disk.digest[:8]}"
         manifest = Manifest(
             version=version, layout="test", architecture="amd64", epoch=1_700_000_000, schema_level=1,

@@ -76,7 +76,7 @@ def test_damage_is_refused_or_harmless(data: st.DataObject) -> None:
 
 def test_reads_what_the_ram_disk_writer_writes() -> None:
     members = [initrd.plain("etc/one", b"1" * 10), initrd.link("two", "etc/one"), initrd.program("init", b"#!")]
-    content = initrd.pack(members, 5)
+    content = initrd.pack(members)
     found = {entry.path: content[entry.data.offset : entry.data.end] for entry in cpio.parse(content)}
     assert found == {"/etc": b"", "/etc/one": b"1" * 10, "/two": b"etc/one", "/init": b"#!"}
 
@@ -84,7 +84,7 @@ def test_reads_what_the_ram_disk_writer_writes() -> None:
 @given(st.binary(max_size=200), st.integers(0, 700))
 @settings(max_examples=200, deadline=None)
 def test_a_damaged_ram_disk_is_refused(junk: bytes, at: int) -> None:
-    content = initrd.pack([initrd.plain("etc/one", b"1" * 100)], 5)
+    content = initrd.pack([initrd.plain("etc/one", b"1" * 100)])
     try:
         found = cpio.parse(content[:at] + junk)
     except cpio.CpioError:

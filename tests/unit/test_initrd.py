@@ -16,7 +16,6 @@ from appliance import initrd
 from appliance.errors import ApplianceError
 from appliance.initrd import Entry
 
-EPOCH = 1_763_800_000
 KERNEL = "6.12.0-test"
 
 
@@ -48,7 +47,7 @@ PATHS = st.lists(NAMES, min_size=1, max_size=3).map("/".join)
 def test_archive_reads_back_as_written(files: dict[str, bytes]) -> None:
     folders = {str(parent) for path in files for parent in Path(path).parents} - {"."}
     plain = {path: content for path, content in files.items() if path not in folders}
-    found = unpack(initrd.pack([initrd.plain(path, content) for path, content in plain.items()], EPOCH))
+    found = unpack(initrd.pack([initrd.plain(path, content) for path, content in plain.items()]))
     assert {path: entry[1] for path, entry in found.items() if stat.S_ISREG(entry[0])} == plain
     assert list(found) == sorted(found)
     for path in found:
@@ -60,8 +59,7 @@ def test_archive_is_what_cpio_reads() -> None:
         [
             initrd.program("init", b"#!/bin/sh\n"), initrd.link("bin/sh", "busybox"),
             Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
-        ],
-        EPOCH,
+        ]
     )  # fmt: skip
     cpio = ["cpio", "-tv", "--numeric-uid-gid", "--quiet"]
     lines = subprocess.run(cpio, input=archive, capture_output=True, check=True).stdout.decode().splitlines()
@@ -73,7 +71,7 @@ def test_archive_is_what_cpio_reads() -> None:
 
 def test_order_of_arrival_does_not_matter() -> None:
     one = [initrd.plain("b", b"2"), initrd.plain("a/c", b"1")]
-    assert initrd.pack(one, EPOCH) == initrd.pack(reversed(one), EPOCH)
+    assert initrd.pack(one) == initrd.pack(reversed(one))
 
 
 # --- modules -------------------------------------------------------------------------------------------------------
@@ -132,7 +130,7 @@ def test_closure_names_every_missing_module(tree: Path) -> None:
 
 def test_ram_disk_holds_script_tools_and_chosen_modules(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(initrd, "WANTED_MODULES", ("btrfs", "sd_mod", "virtio_pci"))
-    out = initrd.build(tree, tree / "initrd", EPOCH)
+    out = initrd.build(tree, tree / "initrd")
     found = unpack(out.read_bytes())
     folder = f"lib/modules/{KERNEL}"
     assert found["init"][1] == initrd.SCRIPT.read_bytes()
@@ -144,8 +142,8 @@ def test_ram_disk_holds_script_tools_and_chosen_modules(tree: Path, monkeypatch:
     dependencies = found[f"{folder}/modules.dep"][1].decode()
     assert "kernel/fs/btrfs/btrfs.ko: kernel/lib/raid6/raid6_pq.ko\n" in dependencies
     assert "unused" not in dependencies + found[f"{folder}/modules.alias"][1].decode()
-    assert {entry[3] for entry in found.values()} == {EPOCH}
-    assert initrd.build(tree, tree / "again", EPOCH).read_bytes() == out.read_bytes()
+    assert {entry[3] for entry in found.values()} == {0}
+    assert initrd.build(tree, tree / "again").read_bytes() == out.read_bytes()
 
 
 def lose_index(tree: Path) -> None:
