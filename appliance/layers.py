@@ -25,7 +25,8 @@ from appliance.tools import Tools
 APP_ROOT = "/opt/samepage"
 _UUIDS = uuid.UUID("3f6f1f1a-0f0c-4f2e-9b77-5a2d1c9e4b10")
 _FAST, _STRONG = 3, 19  # zstd levels
-_CODE = digest_of_files({"layers.py": Path(__file__)})  # other code may make other bytes
+_BYTECODE = Path(__file__).with_name("bytecode.py")
+_CODE = digest_of_files({"layers.py": Path(__file__), "bytecode.py": _BYTECODE})  # other code may make other bytes
 
 Wheels = Callable[[Iterable[Wheel]], Mapping[str, Path]]
 """Fetches wheels: their files by sha256."""
@@ -230,22 +231,7 @@ def _compiled(tools: Tools, entries: list[Entry], folder: Path, epoch: int) -> l
     for name, content in sources.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
-    tools.run(
-        "python3.13",
-        "-s",
-        "-S",
-        "-P",
-        "-m",
-        "compileall",
-        "-q",
-        "--invalidation-mode=unchecked-hash",
-        "-s",
-        root,
-        "-p",
-        APP_ROOT,
-        root / "lib",
-        hint="correct the Python file named above",
-    )
+    tools.run("python3.13", "-s", "-S", "-P", _BYTECODE, root, APP_ROOT, hint="correct the Python file named above")
     return [_plain(str(file.relative_to(root)), file.read_bytes(), epoch) for file in sorted(root.rglob("*.pyc"))]
 
 

@@ -17,6 +17,7 @@ from appliance.lock import read_lock, wanted, write_lock
 from appliance.model import Lock, Package
 from appliance.node.keys import SECRET, Signer, dump_key
 from appliance.store import Store, default_root
+from appliance.wheels import NODE_PYTHON
 from bench import plain
 from bench.measure import Cost, measure, scratch
 from bench.workshop import Workshop
@@ -27,6 +28,7 @@ SQLALCHEMY = {  # version: sha256 of the wheel without compiled code, some 260 f
     "2.0.43": "1681c21dd2ccee222c2fe0bef671d1aef7c504087c9c4e800371cfcc8ac966fc",
     "2.0.44": "19de7ca1246fbef9f9d1bff8f1ab25641569df226364a0e40457dc5457c54b05",
 }
+PIP_PLACE = "usr/local/lib/python3.13/dist-packages"
 AGAIN = 5  # runs of what takes about a second
 
 Files = Mapping[str, Path]
@@ -93,6 +95,16 @@ class Bench:
     def unpack(self, image: Path, out: Path) -> Path:
         """The files of an EROFS image."""
         self.tools.run("fsck.erofs", f"--extract={out}", image)
+        return out
+
+    def pip_installed(self, requirement: str) -> Path:
+        """What pip leaves of a package on a node without a builder: files of today, modules compiled by default."""
+        out = self.work / requirement
+        options = ["--no-deps", "--only-binary=:all:", f"--python-version={NODE_PYTHON}", "--no-compile", "--quiet"]
+        measure(
+            [sys.executable, "-m", "pip", "install", *options, "--target", out, requirement], log=self.work / "pip.log"
+        )
+        self.tools.run("python3.13", "-s", "-S", "-P", "-m", "compileall", "-q", "-s", out, "-p", f"/{PIP_PLACE}", out)
         return out
 
     def image(self, folder: Path, out: Path) -> Path:
@@ -180,7 +192,7 @@ def _one_package(bench: Bench) -> Change:
         wheel = f'  - {{requirement: "sqlalchemy=={version}", sha256: "{digest}"}}'
         recipe.write_text(f"{recipe.read_text()}\nwheels:\n{wheel}\n")
         found.append(bench.release(f"1.{number}"))
-    files = [{"opt/samepage": bench.layer(one, "app")} for one in found]
+    files = [{PIP_PLACE: bench.pip_installed(f"sqlalchemy=={version}")} for version in SQLALCHEMY]
     name = f"SQLAlchemy {' to '.join(SQLALCHEMY)}"
     return Change(name, found[0], found[1], lambda folder: _variants(bench, folder, files))
 

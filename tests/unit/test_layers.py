@@ -12,11 +12,12 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import pytest
 
-from appliance import layers
+from appliance import bytecode, layers
 from appliance.errors import ApplianceError, CommandError
 from appliance.model import Lock, Place, RenderedFile, RenderedTree, Wheel
 from appliance.rootfs import Rootfs
@@ -170,9 +171,21 @@ def test_compiled_python_is_valid_whatever_the_clock_says(tools: FakeTools, stor
     assert marshal.loads(content[16:]).co_filename == "/opt/samepage/lib/product/main.py"
 
 
+def test_a_new_constant_changes_nothing_behind_it() -> None:
+    """So that the next release of a module needs few bytes."""
+    rest = "".join(f"\ndef f{number}(self): return self.name, 'shared', {number}.5" for number in range(30))
+    old, new = f"x = 'shared'{rest}", f"x = ('another', 'shared'){rest}"
+    module = compile(old, "/m.py", "exec", dont_inherit=True)
+    functions = [each for each in module.co_consts if isinstance(each, CodeType)]
+    assert len(functions) == 30
+    for source in (old, new):
+        content = bytecode.compiled(source.encode(), "/m.py")
+        assert all(marshal.dumps(each, bytecode.WITHOUT_REFERENCES) in content for each in functions)
+
+
 def test_python_that_does_not_compile_is_named(tools: FakeTools, store: Store) -> None:
     broken = replace(TREE, app=(file("/opt/samepage/lib/product/broken.py", b"def :\n"),))
-    with pytest.raises(CommandError, match=r"product/broken\.py"):
+    with pytest.raises(CommandError, match=r"/opt/samepage/lib/product/broken\.py:1: "):
         app(tools, store, broken)
 
 
