@@ -97,7 +97,9 @@ def packages(shop: Workshop, made: Variants, frozen: Path, folder: Path) -> None
         try:
             place = node.put(bundle, "/state/packages.bundle")
             install = f"{TOOL} install {place} --yes; true"  # its status says that the node restarts
-            ours.append(wait_during(node, partial(node.ssh, install), node.over))
+            ours.append(wait_during(node, partial(node.ssh, install), partial(once, node)))
+            if node.over()["outcome"] != "committed":
+                raise BenchError("the node did not keep the new packages")
             boots.append(cold_boot(node))
         finally:
             node.stop()
@@ -150,7 +152,7 @@ def wait_during(node: Machine, work: Callable[[], object], then: Callable[[], ob
 
     def read() -> None:
         while not over.is_set():
-            waits.append(timed(lambda: node.client().call("Items.getList", query="", limit=1, offset=0)))
+            waits.append(timed(partial(once, node)))
 
     thread = threading.Thread(target=read)
     thread.start()
@@ -163,6 +165,11 @@ def wait_during(node: Machine, work: Callable[[], object], then: Callable[[], ob
     return max(waits)
 
 
+def once(node: Machine) -> None:
+    """One request; while the front door is held, it takes until that opens."""
+    node.client().call("Items.getList", query="", limit=1, offset=0)
+
+
 def cold_boot(node: Machine) -> float:
     """Seconds from a reset of the machine until the product answers through the front door again."""
     with Qmp(Path(node.instance.details["sockets"]) / "qmp") as qmp:
@@ -170,7 +177,7 @@ def cold_boot(node: Machine) -> float:
     began = time.monotonic()
     while True:
         try:
-            node.client().call("Items.getList", query="", limit=1, offset=0)
+            once(node)
             break
         except Exception:  # refused, reset, or not ready: it is not there yet
             if time.monotonic() - began > 600:
