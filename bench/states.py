@@ -97,12 +97,14 @@ class Bench:
         self.tools.run("fsck.erofs", f"--extract={out}", image)
         return out
 
-    def pip_installed(self, requirement: str) -> Path:
-        """What pip leaves of a package on a node without a builder: files of today, modules compiled by default."""
-        out = self.work / requirement
+    def pip_installed(self, version: str) -> Path:
+        """What pip leaves of SQLAlchemy on a machine: files of today, modules compiled the usual way."""
+        out, wanted = self.work / f"pip-{version}", self.work / f"pip-{version}.txt"
+        wanted.write_text(f"sqlalchemy=={version} --hash=sha256:{SQLALCHEMY[version]}\n")
         options = ["--no-deps", "--only-binary=:all:", f"--python-version={NODE_PYTHON}", "--no-compile", "--quiet"]
         measure(
-            [sys.executable, "-m", "pip", "install", *options, "--target", out, requirement], log=self.work / "pip.log"
+            [sys.executable, "-m", "pip", "install", *options, "--target", out, "-r", wanted],
+            log=self.work / "pip.log",
         )
         self.tools.run("python3.13", "-s", "-S", "-P", "-m", "compileall", "-q", "-s", out, "-p", f"/{PIP_PLACE}", out)
         return out
@@ -192,7 +194,7 @@ def _one_package(bench: Bench) -> Change:
         wheel = f'  - {{requirement: "sqlalchemy=={version}", sha256: "{digest}"}}'
         recipe.write_text(f"{recipe.read_text()}\nwheels:\n{wheel}\n")
         found.append(bench.release(f"1.{number}"))
-    files = [{PIP_PLACE: bench.pip_installed(f"sqlalchemy=={version}")} for version in SQLALCHEMY]
+    files = [{PIP_PLACE: bench.pip_installed(version)} for version in SQLALCHEMY]
     name = f"SQLAlchemy {' to '.join(SQLALCHEMY)}"
     return Change(name, found[0], found[1], lambda folder: _variants(bench, folder, files))
 
