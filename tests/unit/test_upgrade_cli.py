@@ -118,7 +118,7 @@ class Unit:
         self.runs = False
         self.events, self.request = folder / "events.jsonl", folder / "request.json"
         self.thread: threading.Thread | None = None
-        for name, path in (("FOLDER", folder), ("REQUEST", self.request), ("EVENTS", self.events)):
+        for name, path in (("ASKING", folder / "front.lock"), ("REQUEST", self.request), ("EVENTS", self.events)):
             monkeypatch.setattr(cli, name, str(path))
         monkeypatch.setattr(services, "systemctl", self.systemctl)
 

@@ -18,7 +18,7 @@ from appliance import channel as channels
 from appliance.bundle import ReleaseFiles
 from appliance.node import refusals
 from appliance.node.keys import PUBLIC, Trust, dump_key
-from appliance.node.upgrade import engine, journal, looking, mounts, obtain, planning, records, staging, worker
+from appliance.node.upgrade import engine, journal, looking, mounts, obtain, planning, records, staging
 from appliance.node.upgrade.node import Node, NotUpgradable, Settings
 from appliance.node.upgrade.planning import Plan
 from tests.unit.releases import OTHER, SIGNER, TRUST, Maker
@@ -232,8 +232,7 @@ def test_what_the_running_release_is_in_the_channel(
     world: World, served: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(looking, "trust", lambda: TRUST)
-    monkeypatch.setattr(worker, "FOLDER", str(world.folder / "run"))
-    monkeypatch.setattr(worker, "LOCK", str(world.folder / "run/lock"))
+    monkeypatch.setattr(looking, "WORKING", str(world.folder / "run/lock"))
     options = argparse.Namespace(source="", allow_downgrade=False, json=True)
     found = looking.check(world.node(), options)
     assert (found["status"], found["newest"], found["failed_before"]) == (0, "1.2", None)

@@ -24,8 +24,7 @@ BEGUN = Journal(
 def done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the process does to the machine."""
     told: list[str] = []
-    monkeypatch.setattr(worker, "FOLDER", str(tmp_path))
-    monkeypatch.setattr(worker, "LOCK", str(tmp_path / "lock"))
+    monkeypatch.setattr(worker, "WORKING", str(tmp_path / "lock"))
     monkeypatch.setattr(worker, "EVENTS", str(tmp_path / "events.jsonl"))
     monkeypatch.setattr(trial, "MARK", str(tmp_path / "trial"))
     monkeypatch.setattr(services, "notify", told.append)

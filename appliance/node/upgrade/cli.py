@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from appliance.node.refusals import Busy, Refusal
 from appliance.node.upgrade.request import (
     APPLY,
+    ASKING,
     EVENTS,
     FAILED,
-    FOLDER,
     LOCKED,
     NOTHING,
     REQUEST,
@@ -29,6 +28,7 @@ from appliance.node.upgrade.request import (
     UNIT,
     USAGE,
     Request,
+    alone,
     dump_request,
 )  # fmt: skip
 
@@ -165,7 +165,7 @@ def _change(verb: str, options: argparse.Namespace) -> int:
         allow_downgrade=options.allow_downgrade, retry=options.retry,
     )  # fmt: skip
     asks = not options.yes and not options.json and sys.stdin.isatty() and verb != "commit"
-    with _only_one():
+    with alone(ASKING):
         if not asks or options.stop_before or options.download_only:
             return show(_relay(request, options), options)
         return _ask(request, options)
@@ -187,21 +187,6 @@ def _ask(request: Request, options: argparse.Namespace) -> int:
         _relay(Request(verb="rollback"), options)
         return show({"status": FAILED, "outcome": "failed", "message": "called off; nothing changed"}, options)
     return show(_relay(Request(verb="commit"), options), options)
-
-
-@contextlib.contextmanager
-def _only_one() -> Iterator[None]:
-    """One request at a time. Raises Busy."""
-    os.makedirs(FOLDER, mode=0o700, exist_ok=True)
-    descriptor = os.open(f"{FOLDER}/front.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Busy("another upgrade is running") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _relay(request: Request, options: argparse.Namespace) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from typing import Any
 from appliance.node.upgrade import cleaning, journal, obtain, records, staging
 from appliance.node.upgrade.node import Node, look
 from appliance.node.upgrade.obtain import trust
-from appliance.node.upgrade.request import FAILED, NOTHING
+from appliance.node.upgrade.request import FAILED, NOTHING, WORKING, alone
 from appliance.node.upgrade.services import ServiceError
 from appliance.node.upgrade.web import FetchError
-from appliance.node.upgrade.worker import lock, previous
+from appliance.node.upgrade.worker import previous
 from appliance.node.versions import order
 
 Answer = dict[str, Any]
@@ -53,7 +53,7 @@ def _told(options: argparse.Namespace) -> obtain.Report:
 
 def _fetching(source: str) -> AbstractContextManager[None]:
     """Only one fetches at a time: nobody, for a file that is here. Raises Busy."""
-    return nullcontext() if source and "://" not in source else lock()
+    return nullcontext() if source and "://" not in source else alone(WORKING)
 
 
 def check(node: Node, _options: argparse.Namespace) -> Answer:
@@ -149,7 +149,7 @@ def verify(node: Node, options: argparse.Namespace) -> Answer:
 
 
 def cleanup(node: Node, options: argparse.Namespace) -> Answer:
-    with lock():
+    with alone(WORKING):
         begun = journal.read(node.root) is not None
         done = cleaning.decide(node) if options.dry_run or begun else cleaning.clean(node, _silent)
     what = {"remove": [name for name, _ in done.remove], "files": len(done.files), "data": [n for n, _ in done.data]}

@@ -5,12 +5,19 @@ Nothing here imports much: on an emulated CPU the command line's own start is a 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from appliance.node.refusals import Busy
+
 FOLDER = "/run/samepage/upgrade"
-REQUEST, EVENTS, LOCK = f"{FOLDER}/request.json", f"{FOLDER}/events.jsonl", f"{FOLDER}/lock"
+REQUEST, EVENTS = f"{FOLDER}/request.json", f"{FOLDER}/events.jsonl"
+ASKING, WORKING = f"{FOLDER}/front.lock", f"{FOLDER}/lock"  # held by the command line, and by who carries it out
 UNIT = "samepage-upgrade.service"
 STATES = ("stage", "plan", "hold", "snapshot", "switch", "migrate", "health", "commit", "open")
 APPLY = ("auto", "live", "soft-reboot", "reboot")
@@ -46,3 +53,18 @@ def parse_request(content: bytes) -> Request:
     if not isinstance(value, dict) or not value.keys() <= {one.name for one in fields(Request)}:
         raise ValueError("the request is not one")
     return Request(**value)
+
+
+@contextmanager
+def alone(lock: str) -> Iterator[None]:
+    """Holds a lock file below FOLDER. Raises Busy where another process does."""
+    os.makedirs(os.path.dirname(lock), mode=0o700, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy("another upgrade is running") from error
+        yield
+    finally:
+        os.close(descriptor)

@@ -6,17 +6,16 @@ request comes in a file, what happens goes out as lines of JSON to another.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from appliance.node.refusals import Busy, Refusal
+from appliance.node.refusals import Refusal
 from appliance.node.upgrade import engine, journal, planning, records, resume, services, trial
 from appliance.node.upgrade.engine import Job, Outcome
 from appliance.node.upgrade.judging import Failed
@@ -24,12 +23,12 @@ from appliance.node.upgrade.node import INCOMING, STATE, Node, look
 from appliance.node.upgrade.request import (
     EVENTS,
     FAILED,
-    FOLDER,
-    LOCK,
     LOCKED,
     REQUEST,
     STATUSES,
+    WORKING,
     Request,
+    alone,
     parse_request,
 )  # fmt: skip
 from appliance.node.upgrade.services import ServiceError
@@ -70,21 +69,6 @@ class Reporter:
 # --- the process -----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def lock() -> Iterator[None]:
-    """One upgrade at a time. Raises Busy."""
-    os.makedirs(FOLDER, mode=0o700, exist_ok=True)
-    descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Busy("another upgrade is running") from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def main(mode: str) -> int:
     """`work`, `gate` or `recover`: see the units. Returns the exit status, 0 for every ending that is one."""
     return {"work": work, "gate": gate, "recover": recover}[mode]()
@@ -93,7 +77,7 @@ def main(mode: str) -> int:
 def gate() -> int:
     """After a restart: judge the release, or finish what the restart interrupted."""
     try:
-        with lock():
+        with alone(WORKING):
             outcome = resume.after_boot(_log)
             if outcome is not None:
                 begun = outcome.journal
@@ -121,7 +105,7 @@ def _wait_for_word() -> None:
 
 def recover() -> int:
     """After the death of the process that upgraded."""
-    with lock():
+    with alone(WORKING):
         outcome = resume.after_end(_log)
         resume.drop_unfinished_files()
     end = {"status": FAILED, "outcome": "failed", "reason": "died", "message": engine.BROKEN_OFF}
@@ -168,7 +152,7 @@ def work() -> int:
 def answer(reporter: Reporter) -> dict[str, Any]:
     """Carry the request out; how it ended, as the command line shows it."""
     try:
-        with lock():
+        with alone(WORKING):
             request = parse_request(records.read_small(REQUEST, 1 << 20) or b"")
             return carry_out(request, reporter)
     except Refusal as refusal:
