@@ -23,6 +23,7 @@ from appliance.pipeline import LOCK_FILE, Built, Options, build_disk, build_rele
 PROJECT = Path(__file__).parents[1]
 SIGNER = Signer(bytes(range(32)))  # known to everybody: for tests only
 KEYS = "recipes/node-tools/files/etc/samepage/keys"
+BOOTED = ("linux-image-", "busybox", "klibc-utils", "libklibc")  # packages of the kernel and the RAM disk
 Edit = Callable[[Path], None]
 
 
@@ -58,11 +59,11 @@ def release_lock(cache: Path) -> Lock:
 
 
 def without_kernel(new: Lock, old: Lock) -> Lock:
-    """The packages of `new`, but the kernel of `old`, in a lock of another day than either's."""
+    """The packages of `new`, but kernel and RAM disk of `old`, in a lock of another day than either's."""
 
     def mixed(name: str) -> tuple[Package, ...]:
-        kernels = tuple(one for one in old.sets[name] if one.name.startswith("linux-image"))
-        others = tuple(one for one in new.sets[name] if not one.name.startswith("linux-image"))
+        kernels = tuple(one for one in old.sets[name] if one.name.startswith(BOOTED))
+        others = tuple(one for one in new.sets[name] if not one.name.startswith(BOOTED))
         return tuple(sorted((*kernels, *others), key=lambda one: one.name))
 
     sets = {name: mixed(name) if name != "tools" else packages for name, packages in new.sets.items()}
