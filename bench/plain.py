@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,8 +53,7 @@ def find_update(wanted: Mapping[str, tuple[str, ...]], starts: Sequence[Lock], m
     Raises BenchError where nothing moved at all, as on the day of a point release.
     """
     new = resolve(wanted, mirrors, cache=cache)
-    with preferring(SUITE, cache):
-        olds = {"the point release": resolve(wanted, mirrors, cache=cache)}
+    olds = {"the point release": resolve(wanted, mirrors, cache=cache, prefer=SUITE)}
     for number, lock in enumerate(starts, start=1):
         if lock.wanted == new.wanted and can_fetch(lock, mirrors, cache):
             olds[f"lock {number}"] = lock
@@ -71,21 +68,6 @@ def find_update(wanted: Mapping[str, tuple[str, ...]], starts: Sequence[Lock], m
     if not best.moved:
         raise BenchError("Debian has no update since the point release and since the lock; name an older --lock")
     return best
-
-
-@contextmanager
-def preferring(suite: str, cache: Path) -> Iterator[None]:
-    """Let apt take what the suite itself has, even where its updates or security fixes have something newer."""
-    before = os.environ.get("APT_CONFIG")
-    with scratch(cache, "apt") as folder:
-        (folder / "apt.conf").write_text(f'APT::Default-Release "{suite}";\n')
-        os.environ["APT_CONFIG"] = str(folder / "apt.conf")
-        try:
-            yield
-        finally:
-            os.environ.pop("APT_CONFIG")
-            if before is not None:
-                os.environ["APT_CONFIG"] = before
 
 
 def can_fetch(lock: Lock, mirrors: Mirrors, cache: Path) -> bool:

@@ -324,17 +324,6 @@ def test_the_old_kernel_is_kept_in_the_userspace_update() -> None:
     assert plain.same_tools(old, new).sets["full"] == old.sets["full"]
 
 
-def test_apt_prefers_the_suite_only_where_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("APT_CONFIG", "/before")
-    with plain.preferring("trixie", tmp_path):
-        assert Path(os.environ["APT_CONFIG"]).read_text() == 'APT::Default-Release "trixie";\n'
-    assert os.environ["APT_CONFIG"] == "/before"
-    monkeypatch.delenv("APT_CONFIG")
-    with plain.preferring("trixie", tmp_path):
-        pass
-    assert "APT_CONFIG" not in os.environ
-
-
 def test_trees_share_what_is_the_same(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     (tree / "opt/app").mkdir(parents=True)
