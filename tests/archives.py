@@ -11,7 +11,14 @@ DATE = "Sat, 31 Jan 2026 12:00:00 UTC"
 EPOCH = 1769860800  # the same in seconds
 
 
-def make_deb(folder: Path, name: str, version: str = "1.0", fields: Sequence[str] = (), content: str = "") -> Path:
+def make_deb(
+    folder: Path,
+    name: str,
+    version: str = "1.0",
+    fields: Sequence[str] = (),
+    content: str = "",
+    archive: str = "debian",
+) -> Path:
     """A package with one file, built by dpkg-deb; returns its path in the pool."""
     tree = folder / "work" / f"{name}_{version}"
     (tree / "DEBIAN").mkdir(parents=True)
@@ -19,20 +26,20 @@ def make_deb(folder: Path, name: str, version: str = "1.0", fields: Sequence[str
     (tree / "DEBIAN/control").write_text("\n".join([*control, *fields, "Description: test"]) + "\n")
     (tree / f"usr/share/{name}").mkdir(parents=True)
     (tree / f"usr/share/{name}/content").write_text(content or f"{name} {version}\n")
-    place = folder / "debian/pool/main" / name[0] / name / f"{name}_{version.replace(':', '%3a')}_all.deb"
+    place = folder / archive / "pool/main" / name[0] / name / f"{name}_{version.replace(':', '%3a')}_all.deb"
     place.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(["dpkg-deb", "--root-owner-group", "--build", tree, place], check=True, capture_output=True)
     return place
 
 
 def publish(folder: Path, suite: str = "trixie") -> dict[str, str]:
-    """Write the lists of all packages in the pool, and two suites without any; returns the mirrors."""
+    """Write the lists of all packages in the pools of both archives, and a suite without any; returns the mirrors."""
     for archive, name, full in (
-        ("debian", suite, True), ("debian", f"{suite}-updates", False), ("debian-security", f"{suite}-security", False),
+        ("debian", suite, True), ("debian", f"{suite}-updates", False), ("debian-security", f"{suite}-security", True),
     ):  # fmt: skip
         lists = folder / archive / "dists" / name / "main/binary-amd64"
         lists.mkdir(parents=True, exist_ok=True)
-        index = "\n".join(map(_stanza, sorted((folder / "debian").glob("pool/**/*.deb")))) if full else ""
+        index = "\n".join(map(_stanza, sorted((folder / archive).glob("pool/**/*.deb")))) if full else ""
         (lists / "Packages").write_text(index)
         digest, size = hashlib.sha256(index.encode()).hexdigest(), len(index.encode())
         (folder / archive / "dists" / name / "Release").write_text(

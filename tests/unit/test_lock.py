@@ -67,6 +67,18 @@ def test_what_the_core_chose_stays_chosen_in_the_full_set(mirrors: dict[str, str
     assert set(lock.sets["core"]) <= set(lock.sets["full"])
 
 
+def test_a_preferred_suite_comes_before_newer_versions(mirrors: dict[str, str], tmp_path: Path) -> None:
+    make_deb(tmp_path, "helper", "1:2.1", archive="debian-security")
+    make_deb(tmp_path, "fix", archive="debian-security")
+    publish(tmp_path)
+    wanted = {**WANTED, "core": ("kernel", "fix")}
+    for prefer, version in (("", "1:2.1"), ("trixie", "1:2.0~rc1+b1")):
+        lock = locking.resolve(wanted, mirrors, keyring=None, prefer=prefer)
+        found = {package.name: package for package in lock.sets["core"]}
+        assert found["helper"].version == version
+        assert found["fix"].archive == "debian-security"  # what only the other suite has is taken from there
+
+
 def test_unknown_packages_are_named_all_at_once(mirrors: dict[str, str]) -> None:
     with pytest.raises(LockError, match="no package named krenel, tol"):
         resolve(mirrors, {"core": ("krenel",), "full": ("krenel",), "tools": ("tol",)})
