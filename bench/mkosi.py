@@ -22,21 +22,21 @@ Release={suite}
 [Output]
 Format=disk
 CompressOutput=no
-OutputDirectory=/work/out
+OutputDirectory=/bench/out
 ManifestFormat=
 
 [Content]
 Bootable=no
 Packages={packages}
-ExtraTrees=/work/extra
+ExtraTrees=/bench/extra
 
 [Build]
 BuildSources=
 Incremental=yes
-CacheDirectory=/work/cache
-PackageCacheDirectory=/work/packages
-WorkspaceDirectory=/work/space
-SandboxTrees=/work/sandbox
+CacheDirectory=/bench/cache
+PackageCacheDirectory=/bench/packages
+WorkspaceDirectory=/bench/space
+SandboxTrees=/bench/sandbox
 """
 
 SOURCES = """\
@@ -87,7 +87,6 @@ def tools_tree(cache: Path, mirrors: Mirrors) -> Path:
     if not home.is_dir():
         with scratch(cache, "mkosi") as work:
             mmdebstrap(TOOLS, work / "tree", mirrors, work / "mmdebstrap.log")
-            (work / "tree/work").mkdir()
             work.rename(home)
     return home / "tree"
 
