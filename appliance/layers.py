@@ -26,7 +26,7 @@ APP_ROOT = "/opt/samepage"
 _UUIDS = uuid.UUID("3f6f1f1a-0f0c-4f2e-9b77-5a2d1c9e4b10")
 _FAST, _STRONG = 3, 19  # zstd levels
 _BYTECODE = Path(__file__).with_name("bytecode.py")
-_CODE = digest_of_files({"layers.py": Path(__file__), "bytecode.py": _BYTECODE})  # other code may make other bytes
+_CODE = digest_of_files({"layers.py": Path(__file__)})  # other code may make other bytes
 
 Wheels = Callable[[Iterable[Wheel]], Mapping[str, Path]]
 """Fetches wheels: their files by sha256."""
@@ -53,7 +53,11 @@ def build_app(
     """The layer of the product's and the platform's own code, mounted at /opt/samepage; the same for all nodes that run
     the same recipes. Python files are compiled for the node's Python. Raises CommandError when one does not compile."""
     inputs = _inputs(
-        tools, lock, files=_digest_of_rendered(tree.app), wheels=json.dumps(sorted(wheel.sha256 for wheel in wheels))
+        tools,
+        lock,
+        files=_digest_of_rendered(tree.app),
+        wheels=json.dumps(sorted(wheel.sha256 for wheel in wheels)),
+        compiler=digest_of_files({"bytecode.py": _BYTECODE}),
     )
 
     def build(out: Path) -> None:

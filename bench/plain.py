@@ -10,13 +10,12 @@ from pathlib import Path
 from appliance import archive
 from appliance.apt import Mirrors
 from appliance.errors import ApplianceError
-from appliance.lock import OMITTED, SETS, Move, moves, resolve
+from appliance.lock import OMITTED, Move, moves, resolve
 from appliance.model import Lock, Package, frozen_map
 from appliance.run import run
 from bench.debian import SUITE
 from bench.measure import BenchError, measure, remove_tree, scratch
-
-KERNEL = "linux-image-"
+from tests.variants import with_kernel_of
 
 # What packages or tools leave behind that no image of a system holds: it is new in every build.
 LEFTOVERS = (
@@ -86,17 +85,6 @@ def fetch(packages: Iterable[Package], lock: Lock, mirrors: Mirrors, cache: Path
 def same_tools(lock: Lock, other: Lock) -> Lock:
     """The lock, built with the tools of the other one: what they write is not what is measured."""
     return replace(lock, sets=frozen_map({**lock.sets, "tools": other.sets["tools"]}))
-
-
-def with_kernel_of(lock: Lock, other: Lock) -> Lock:
-    """The lock, but with the other one's kernel."""
-
-    def mixed(name: str) -> tuple[Package, ...]:
-        both = [one for one in lock.sets[name] if not one.name.startswith(KERNEL)]
-        both += [one for one in other.sets[name] if one.name.startswith(KERNEL)]
-        return tuple(sorted(both, key=lambda package: package.name))
-
-    return replace(lock, sets=frozen_map({name: mixed(name) for name in SETS}))
 
 
 def in_words(moved: Iterable[Move]) -> list[str]:

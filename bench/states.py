@@ -28,7 +28,7 @@ SQLALCHEMY = {  # version: sha256 of the wheel without compiled code, some 260 f
     "2.0.43": "1681c21dd2ccee222c2fe0bef671d1aef7c504087c9c4e800371cfcc8ac966fc",
     "2.0.44": "19de7ca1246fbef9f9d1bff8f1ab25641569df226364a0e40457dc5457c54b05",
 }
-PIP_PLACE = "usr/local/lib/python3.13/dist-packages"
+PIP_PLACE = f"usr/local/lib/python{NODE_PYTHON}/dist-packages"
 AGAIN = 5  # runs of what takes about a second
 
 Files = Mapping[str, Path]
@@ -106,7 +106,9 @@ class Bench:
             [sys.executable, "-m", "pip", "install", *options, "--target", out, "-r", wanted],
             log=self.work / "pip.log",
         )
-        self.tools.run("python3.13", "-s", "-S", "-P", "-m", "compileall", "-q", "-s", out, "-p", f"/{PIP_PLACE}", out)
+        self.tools.run(
+            f"python{NODE_PYTHON}", "-s", "-S", "-P", "-m", "compileall", "-q", "-s", out, "-p", f"/{PIP_PLACE}", out
+        )
         return out
 
     def image(self, folder: Path, out: Path) -> Path:

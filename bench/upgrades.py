@@ -96,8 +96,7 @@ def packages(shop: Workshop, made: Variants, frozen: Path, folder: Path) -> None
         node = wake_node(frozen, folder, f"packages-{number}")
         try:
             place = node.put(bundle, "/state/packages.bundle")
-            install = f"{TOOL} install {place} --yes; true"  # its status says that the node restarts
-            ours.append(wait_during(node, partial(node.ssh, install), partial(once, node)))
+            ours.append(wait_during(node, partial(install_and_restart, node, place)))
             if node.over()["outcome"] != "committed":
                 raise BenchError("the node did not keep the new packages")
             boots.append(cold_boot(node))
@@ -145,7 +144,7 @@ def served(node: Machine, command: str, sign: str) -> float:
     return took
 
 
-def wait_during(node: Machine, work: Callable[[], object], then: Callable[[], object] = lambda: None) -> float:
+def wait_during(node: Machine, work: Callable[[], object]) -> float:
     """The longest that a read through the front door took meanwhile; they follow one another without a pause."""
     waits: list[float] = []
     over = threading.Event()
@@ -158,7 +157,6 @@ def wait_during(node: Machine, work: Callable[[], object], then: Callable[[], ob
     thread.start()
     try:
         work()
-        then()
     finally:
         over.set()
         thread.join()
@@ -168,6 +166,12 @@ def wait_during(node: Machine, work: Callable[[], object], then: Callable[[], ob
 def once(node: Machine) -> None:
     """One request; while the front door is held, it takes until that opens."""
     node.client().call("Items.getList", query="", limit=1, offset=0)
+
+
+def install_and_restart(node: Machine, place: str) -> None:
+    """Install a bundle that restarts the node, and wait until the front door opens."""
+    node.ssh(f"{TOOL} install {place} --yes; true")  # its status says that the node restarts
+    once(node)
 
 
 def cold_boot(node: Machine) -> float:

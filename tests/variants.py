@@ -6,6 +6,7 @@ one that changes a template costs a second, one that changes the base layer half
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from appliance import bundle
 from appliance.apt import find_mirrors
 from appliance.bundle import ReleaseFiles
 from appliance.console import Console
-from appliance.lock import SUITE, read_lock, resolve, write_lock
+from appliance.lock import SETS, SUITE, read_lock, resolve, write_lock
 from appliance.model import Lock, Package, frozen_map
 from appliance.node.keys import PUBLIC, Signer, dump_key
 from appliance.pipeline import LOCK_FILE, Built, Options, build_disk, build_release
@@ -58,16 +59,20 @@ def release_lock(cache: Path) -> Lock:
     return resolve(todays_lock().wanted, find_mirrors(SUITE), cache=cache, prefer=SUITE)
 
 
-def without_kernel(new: Lock, old: Lock) -> Lock:
-    """The packages of `new`, but kernel and RAM disk of `old`, in a lock of another day than either's."""
+def with_kernel_of(lock: Lock, other: Lock) -> Lock:
+    """The lock, but with the other one's kernel and RAM disk."""
 
     def mixed(name: str) -> tuple[Package, ...]:
-        kernels = tuple(one for one in old.sets[name] if one.name.startswith(BOOTED))
-        others = tuple(one for one in new.sets[name] if not one.name.startswith(BOOTED))
-        return tuple(sorted((*kernels, *others), key=lambda one: one.name))
+        both = [one for one in lock.sets[name] if not one.name.startswith(BOOTED)]
+        both += [one for one in other.sets[name] if one.name.startswith(BOOTED)]
+        return tuple(sorted(both, key=lambda package: package.name))
 
-    sets = {name: mixed(name) if name != "tools" else packages for name, packages in new.sets.items()}
-    return Lock(new.suite, max(new.epoch, old.epoch) + 86_400, new.wanted, frozen_map(sets))
+    return dataclasses.replace(lock, sets=frozen_map({name: mixed(name) for name in SETS}))
+
+
+def without_kernel(new: Lock, old: Lock) -> Lock:
+    """The packages of `new`, but the kernel and RAM disk of `old`, in a lock of another day than either's."""
+    return dataclasses.replace(with_kernel_of(new, old), epoch=max(new.epoch, old.epoch) + 86_400)
 
 
 def with_lock(lock: Lock) -> Edit:

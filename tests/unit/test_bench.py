@@ -25,6 +25,7 @@ from bench.states import Change
 from bench.vm import console_value
 from bench.workshop import LEFT_OUT, Build, Builder, Workshop
 from tests.unit.releases import NOISE, SIGNER, Maker
+from tests.variants import with_kernel_of
 
 PROJECT = Path(__file__).parents[2]
 MIRRORS = {"debian": "http://mirror.example/debian", "debian-security": "http://mirror.example/security"}
@@ -317,7 +318,7 @@ def test_an_update_is_told_in_words() -> None:
 
 def test_the_old_kernel_is_kept_in_the_userspace_update() -> None:
     old, new = lock_of(linux_image_1="1", nginx="1.26"), lock_of(linux_image_2="2", nginx="1.27")
-    mixed = plain.with_kernel_of(new, old)
+    mixed = with_kernel_of(new, old)
     assert [(one.name, one.version) for one in mixed.sets["full"]] == [("linux-image-1", "1"), ("nginx", "1.27")]
     assert [one.name for one in mixed.sets["core"]] == ["linux-image-1"]
     assert plain.same_tools(old, new).sets["tools"] == new.sets["tools"]
