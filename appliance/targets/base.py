@@ -49,7 +49,7 @@ class Request:
     firmware: Firmware = "bios"
     credentials: Mapping[str, bytes] = field(default_factory=frozen_map)
     deadline: float = 900.0  # seconds until the node must be healthy
-    hardware: Mapping[str, str] = field(default_factory=frozen_map)  # qemu: nic=e1000, disk=ahci
+    hardware: Mapping[str, str] = field(default_factory=frozen_map)  # qemu: nic=e1000, disk=ahci, cpus=1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,10 @@ class Target(ABC):
 
     @abstractmethod
     def state(self, instance: Instance) -> State: ...
+
+    @abstractmethod
+    def how_it_ended(self, instance: Instance) -> str:
+        """What became of a node whose state is no longer "running"; follows its name in a message."""
 
     @abstractmethod
     def command(self, instance: Instance, words: Sequence[str], *, terminal: bool = False) -> list[str]:
@@ -288,7 +292,7 @@ def wait_healthy(
 
     while not target.reachable(instance):
         tick(deadline - left())
-        end = target.state(instance) != "running" and "ended while it started"
+        end = target.state(instance) != "running" and f"{target.how_it_ended(instance)} while it started"
         halt = stopped(instance.console_log) and "stopped while it started"
         late = left() <= 0 and f"could not be reached within {deadline:.0f} s"
         if what := end or halt or late:
@@ -308,9 +312,8 @@ def wait_healthy(
                 hint=LOGS_HINT,
             )
         if target.state(instance) != "running":
-            raise NodeError(
-                f"the node {instance.name!r} ended while it started\n{tail(instance.console_log)}", hint=LOGS_HINT
-            )
+            how = f"{target.how_it_ended(instance)} while it started"
+            raise NodeError(f"the node {instance.name!r} {how}\n{tail(instance.console_log)}", hint=LOGS_HINT)
     raise NodeError(
         f"the node {instance.name!r} was not healthy within {deadline:.0f} s\n{_indent(text)}", hint=LOGS_HINT
     )

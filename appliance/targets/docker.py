@@ -96,6 +96,17 @@ class Docker(Target):
                 return "absent"
         return "running" if status == "running" else "stopped"
 
+    def how_it_ended(self, instance: Instance) -> str:
+        from docker.errors import NotFound
+
+        with engine() as client:
+            try:
+                state = client.containers.get(instance.details["container"]).attrs["State"]
+            except NotFound:
+                return "is gone"
+        killed = " for want of memory" if state["OOMKilled"] else ""
+        return f"ended with status {state['ExitCode']}{killed}"
+
     def command(self, instance: Instance, words: Sequence[str], *, terminal: bool = False) -> list[str]:
         options = ["-i", *(["-t"] if terminal else [])]
         return ["docker", "exec", *options, instance.details["container"], *(words or ["/bin/bash", "-l"])]

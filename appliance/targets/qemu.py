@@ -47,6 +47,8 @@ OVMF_NAMES = (
     ("OVMF_CODE.fd", "OVMF_VARS.fd"),
     ("OVMF_CODE.4m.fd", "OVMF_VARS.4m.fd"),
 )
+QEMU_LOG = "qemu.log"
+SHUTDOWN = "qemu_system_shutdown_request"  # the event that QEMU notes in its log whenever it ends as asked
 DISK_SIZE = "16G"  # of a fresh disk to install on; grows on the host as it is filled
 
 # Disk controllers by their name in Request.hardware["disk"]: devices before the disk, and the disk's own device.
@@ -103,14 +105,14 @@ def command_line(request: Request, folder: Path, sockets: Path, *, accelerated: 
     words = [
         PROGRAM, "-name", request.name, "-nodefaults", "-no-user-config", "-machine", "q35,usb=off",
         *(["-accel", "kvm", "-cpu", "host"] if accelerated else ["-accel", "tcg,thread=multi", "-cpu", "max"]),
-        "-smp", str(min(2, os.cpu_count() or 1)), "-m", str(request.memory),
+        "-smp", request.hardware.get("cpus") or str(min(2, os.cpu_count() or 1)), "-m", str(request.memory),
         "-display", "none", "-vga", "std",
         "-chardev", f"socket,id=serial0,path={escape(sockets / 'serial')},server=on,wait=off,logfile={console}",
         "-serial", "chardev:serial0",
         "-qmp", f"unix:{escape(sockets / 'qmp')},server=on,wait=off",
         "-netdev", f"user,id=net0,{forwards}", "-device", f"{nic},netdev=net0",
         "-device", "virtio-rng-pci",
-        "-daemonize", "-pidfile", str(folder / "pid"), "-D", str(folder / "qemu.log"),
+        "-daemonize", "-pidfile", str(folder / "pid"), "-D", str(folder / QEMU_LOG), "-trace", f"enable={SHUTDOWN}",
     ]  # fmt: skip
     if request.firmware == "uefi":
         code, _variables = find_firmware()
@@ -177,6 +179,13 @@ class Qemu(Target):
     def state(self, instance: Instance) -> State:
         pid = _pid(instance.folder)
         return "running" if pid and process_runs(pid, str(instance.folder)) else "stopped"
+
+    def how_it_ended(self, instance: Instance) -> str:
+        try:
+            asked = SHUTDOWN in (instance.folder / QEMU_LOG).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            asked = False
+        return "ended" if asked else f"is gone: {PROGRAM} crashed"
 
     def command(self, instance: Instance, words: Sequence[str], *, terminal: bool = False) -> list[str]:
         import shlex

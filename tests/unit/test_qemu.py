@@ -214,8 +214,27 @@ def test_a_failed_unit_ends_the_wait_with_its_journal(tmp_path: Path) -> None:
 
 def test_a_node_that_ended_ends_the_wait(tmp_path: Path) -> None:
     (tmp_path / "console.log").write_bytes(b"\x1b[2J\x1b[1;1Hlast words\r\n")
+    (tmp_path / qemu.QEMU_LOG).write_text(f"{qemu.SHUTDOWN} reason=6\n")
     with pytest.raises(NodeError, match=r"ended while it started\n  \| last words"):
         wait(Scripted(0, "", reachable=False, state="stopped"), tmp_path, deadline=1000)
+
+
+@pytest.mark.parametrize(
+    ("log", "words"), [(qemu.SHUTDOWN + " reason=6\n", "ended"), ("", "is gone: qemu-system-x86_64 crashed")]
+)
+def test_an_emulator_that_crashed_is_told_from_a_node_that_ended(tmp_path: Path, log: str, words: str) -> None:
+    (tmp_path / qemu.QEMU_LOG).write_text(log)
+    assert qemu.Qemu().how_it_ended(instance(tmp_path)) == words
+
+
+def test_an_emulator_notes_that_it_was_asked_to_end(tmp_path: Path) -> None:
+    assert option(line(tmp_path), "-trace", qemu.SHUTDOWN)
+    assert option(line(tmp_path), "-D", qemu.QEMU_LOG)
+
+
+def test_processors_can_be_chosen(tmp_path: Path) -> None:
+    words = line(tmp_path, hardware={"cpus": "1"})
+    assert words[words.index("-smp") + 1] == "1"
 
 
 def test_a_panic_ends_the_wait(tmp_path: Path) -> None:
