@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
-from appliance.node.upgrade import services
+from appliance.node.upgrade import services, trial
 from appliance.node.upgrade.services import ServiceError
 
 UNIT = "nginx.service"
@@ -27,6 +28,7 @@ def facts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int, set[int]
 
     monkeypatch.setattr(services, "systemctl", systemctl)
     monkeypatch.setattr(services, "_processes", lambda _unit: told[0][3])
+    monkeypatch.setattr(services, "_ASK", 0.0)
     monkeypatch.setattr(time, "sleep", lambda _seconds: None)
     return told
 
@@ -71,3 +73,31 @@ def test_last_words(monkeypatch: pytest.MonkeyPatch, states: dict[str, str], sai
 
     monkeypatch.setattr(services, "run", run)
     assert services.last_words(states) == said
+
+
+def test_units_may_be_restarted_as_often_as_somebody_pushes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd counts starts; a unit's limit is for one that fails again and again."""
+    told: list[tuple[str, ...]] = []
+
+    def systemctl(*words: str) -> str:
+        told.append(words)
+        if words[0] == "reset-failed":
+            raise ServiceError("b.service is not loaded")
+        return ""
+
+    monkeypatch.setattr(services, "systemctl", systemctl)
+    services.take_over({"a.service": "restart", "b.service": "restart", "c.service": "reload"}, ())
+    assert told == [
+        ("reset-failed", "a.service", "b.service"), ("restart", "a.service", "b.service"),
+        ("reload-or-restart", "c.service"),
+    ]  # fmt: skip
+
+
+def test_soft_reboot_forgets_how_often_units_were_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[tuple[str, ...]] = []
+    monkeypatch.setattr(services, "systemctl", lambda *words: told.append(words) or "")
+    monkeypatch.setattr(trial, "systemctl", lambda *words: told.append(words) or "")
+    for name in ("RELEASE_FILE", "HEALTH_FILE", "MARK"):
+        monkeypatch.setattr(trial, name, str(tmp_path / name))
+    trial.soft_reboot(b"{}", trial=True)
+    assert told == [("reset-failed",), ("--no-block", "soft-reboot")]

@@ -22,6 +22,7 @@ _TMPFILES = "/etc/tmpfiles.d/"
 _SYSCTL = "/etc/sysctl.d/"
 _MINUTE = 60
 _STARTS = 3  # of the front door; after so many in vain it is given up
+_LOOK, _ASK = 0.05, 1.0  # seconds between looks at a unit's processes, and between questions to the service manager
 
 
 class ServiceError(Exception):
@@ -121,17 +122,20 @@ def wait_serving(unit: str, seconds: float) -> bool:
 
     False when that does not come in time, or the unit fails once and again.
     """
-    deadline = time.monotonic() + seconds
+    begun = asked = time.monotonic()
     first = ""
-    while not serves(unit):
-        facts = systemctl("show", "-p", "ActiveState", "-p", "NRestarts", unit)
-        found = dict(line.partition("=")[::2] for line in facts.splitlines())
-        restarts = found.get("NRestarts") or "0"
-        first = first or restarts
-        hopeless = found.get("ActiveState") == "failed" or int(restarts) - int(first) >= _STARTS
-        if hopeless or time.monotonic() > deadline:
+    while not (len(_processes(unit)) > 1 and serves(unit)):
+        if (now := time.monotonic()) >= asked:  # seldom: clients wait, and asking takes time from what they wait for
+            asked = now + _ASK
+            facts = systemctl("show", "-p", "ActiveState", "-p", "NRestarts", unit)
+            found = dict(line.partition("=")[::2] for line in facts.splitlines())
+            restarts = found.get("NRestarts") or "0"
+            first = first or restarts
+            if found.get("ActiveState") == "failed" or int(restarts) - int(first) >= _STARTS:
+                return False
+        if now - begun > seconds:
             return False
-        time.sleep(0.1)
+        time.sleep(_LOOK)
     return True
 
 
@@ -175,6 +179,9 @@ def take_over(units: Mapping[str, str], changed: Iterable[str]) -> None:
 
 
 def _tell(verb: str, units: list[str]) -> None:
+    if verb == "restart":
+        with suppress(ServiceError):  # one that is not loaded
+            forget_failures(*units)  # and how often they were started: who pushes often restarts often
     try:
         systemctl("reload-or-restart" if verb == "reload" else verb, *units)
     except ServiceError as error:
@@ -202,6 +209,6 @@ def _is_failed(unit: str) -> bool:
         return False
 
 
-def forget_failures() -> None:
-    """Failed states of a release that is gone say nothing of the one that runs."""
-    systemctl("reset-failed")
+def forget_failures(*units: str) -> None:
+    """Forget that these units, or all, have failed, and how often they were started; that says nothing of a release."""
+    systemctl("reset-failed", *units)

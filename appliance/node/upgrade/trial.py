@@ -13,7 +13,7 @@ import struct
 import subprocess
 
 from appliance.node.upgrade import mounts
-from appliance.node.upgrade.services import run, systemctl
+from appliance.node.upgrade.services import forget_failures, run, systemctl
 
 MARK = "/run/samepage/trial"  # there during a trial; the initramfs makes it too
 HEALTH_FILE = "/run/samepage/health.json"
@@ -121,6 +121,7 @@ def soft_reboot(manifest: bytes, *, trial: bool) -> None:
             pass
     elif os.path.exists(MARK):
         os.unlink(MARK)
+    forget_failures()  # a soft reboot keeps the count of starts, too, and a unit that has used it up would not start
     systemctl("--no-block", "soft-reboot")
 
 
