@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def dev_release(release: ReleaseFiles) -> ReleaseFiles:
     content = [[layer.kind, layer.node, layer.digest] for layer in manifest.layers]
     content.append(["kernel", manifest.kernel.id, manifest.kernel.cmdline])
     digest = sha256(json.dumps(content).encode()).hexdigest()
-    named = replace(manifest, version=f"{manifest.version}+dev.{digest[:8]}")
+    named = manifest._replace(version=f"{manifest.version}+dev.{digest[:8]}")
     return ReleaseFiles(dump(named), named, release.files)
 
 

@@ -24,8 +24,8 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import IO, Any
+from types import MappingProxyType
+from typing import IO, Any, NamedTuple
 
 from appliance.node.delta import DeltaError, Slice, apply
 from appliance.node.keys import Signer, Trust
@@ -58,8 +58,7 @@ Progress = Callable[[int, int], None]
 """Told the bytes done and the bytes there are."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """One file that the bundle makes: see the module's text. `packed` is its size in the bundle."""
 
     kind: str
@@ -70,8 +69,7 @@ class Part:
     sources: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Info:
+class Info(NamedTuple):
     """What a bundle's header says. `from_version` and `from_manifest` are empty in a full bundle."""
 
     from_version: str
@@ -83,7 +81,7 @@ class Info:
     payload: int
     payload_digest: str
     parts: tuple[Part, ...]
-    summary: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def full(self) -> bool:
@@ -94,13 +92,16 @@ class Info:
         """Bytes of all the files it makes: the room it needs at most."""
         return sum(part.size for part in self.parts)
 
+    def facts(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {**self._asdict(), "parts": [part._asdict() for part in self.parts]}
+
     def parts_for(self, node: str) -> tuple[Part, ...]:
         """The parts of one node: config layers of the others are left out."""
         return tuple(part for part in self.parts if part.node in ("", node))
 
 
-@dataclass(frozen=True, slots=True)
-class Bundle:
+class Bundle(NamedTuple):
     """An open bundle whose signature and payload are checked."""
 
     info: Info
@@ -119,7 +120,7 @@ class Bundle:
 
     def _manifest(self, part: Part, sources: Sequence[Slice]) -> bytes:
         out = io.BytesIO()
-        self._make(part, sources, out, None)
+        self._write(part, sources, out, None)
         content = out.getvalue()
         check_manifest(self.info, content)
         return content
@@ -136,12 +137,12 @@ class Bundle:
             for digest in part.sources:
                 descriptors.append(os.open(source(digest), os.O_RDONLY | os.O_CLOEXEC))
             runs = [Slice(one, 0, os.fstat(one).st_size) for one in descriptors]
-            self._make(part, runs, out, progress)
+            self._write(part, runs, out, progress)
         finally:
             for one in descriptors:
                 os.close(one)
 
-    def _make(self, part: Part, sources: Sequence[Slice], out: IO[bytes], progress: Progress | None) -> None:
+    def _write(self, part: Part, sources: Sequence[Slice], out: IO[bytes], progress: Progress | None) -> None:
         begin = 0
         for other in self.info.parts:
             if other is part:

@@ -18,8 +18,7 @@ import heapq
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from appliance.node.keys import ID, Signer, Trust
 from appliance.node.refusals import (
@@ -47,14 +46,12 @@ _LIST_LIMIT = 20_000
 _NUMBER_LIMIT = 1 << 50
 
 
-@dataclass(frozen=True, slots=True)
-class ReleaseEntry:
+class ReleaseEntry(NamedTuple):
     version: str
     manifest: str
 
 
-@dataclass(frozen=True, slots=True)
-class BundleEntry:
+class BundleEntry(NamedTuple):
     """`start` and `to` are digests of manifests; `start` is empty for a full bundle."""
 
     file: str
@@ -64,8 +61,7 @@ class BundleEntry:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class Index:
+class Index(NamedTuple):
     counter: int
     created: int
     expires: int

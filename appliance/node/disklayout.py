@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 MIB = 1 << 20
 SECTOR = 512  # BIOS disks; only UEFI can boot from others
@@ -39,8 +38,7 @@ _NO_OPERATION = b"\x90\x90"
 _BLOCK_LIST = SECTOR - 12  # in the core image's first sector: start (8), length (2), segment (2) of the rest
 
 
-@dataclass(frozen=True, slots=True)
-class BootFiles:
+class BootFiles(NamedTuple):
     """GRUB's files of one release: first sector, core image, beginning of the EFI system partition."""
 
     boot: bytes

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _NOT_DISKS = ("loop", "ram", "zram", "sr", "fd", "dm-", "md", "nbd", "mtd", "mmcblk0boot")
 _LOOKED_AT = 1 << 20  # bytes at the start of a disk that must be zero for it to count as empty
@@ -18,8 +18,7 @@ class DiskError(Exception):
     """No disk may be taken; the message says why and what to do. Nothing was written."""
 
 
-@dataclass(frozen=True, slots=True)
-class Disk:
+class Disk(NamedTuple):
     device: str  # /dev/vda
     size: int  # bytes
     model: str

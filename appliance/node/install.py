@@ -18,8 +18,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from appliance.node import disklayout, paths
 from appliance.node.disks import Disk, DiskError, choose, find_disks, human, refusal
@@ -34,8 +34,7 @@ class InstallError(Exception):
     """The installation broke off after the disk was touched; the message says at what."""
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
+class Wish(NamedTuple):
     """What the user asked for, on the command line of the program or of the kernel."""
 
     auto: bool = False
@@ -57,8 +56,7 @@ def from_kernel(cmdline: str) -> Wish:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """The release on the medium: its manifest, and where each file of it stands."""
 
     manifest: Manifest

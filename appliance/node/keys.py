@@ -17,7 +17,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -68,8 +68,7 @@ def parse_revoked(content: bytes) -> frozenset[str]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Signer:
+class Signer(NamedTuple):
     """A secret key."""
 
     secret: bytes
@@ -90,8 +89,7 @@ class Signer:
         return self._key.sign(message)
 
 
-@dataclass(frozen=True, slots=True)
-class Trust:
+class Trust(NamedTuple):
     """Public keys by id, and the ids that are revoked."""
 
     keys: Mapping[str, bytes]

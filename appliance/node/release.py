@@ -16,8 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 FORMAT = 1
 KINDS = ("base", "app", "config")
@@ -32,22 +31,19 @@ class ReleaseError(ValueError):
     """A release's record is not what it should be; the message names the key."""
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class File(NamedTuple):
     digest: str  # sha256, hex
     size: int  # bytes
 
 
-@dataclass(frozen=True, slots=True)
-class LayerRecord:
+class LayerRecord(NamedTuple):
     kind: str
     node: str  # config layers only
     digest: str
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class KernelRecord:
+class KernelRecord(NamedTuple):
     id: str
     version: str
     cmdline: str
@@ -55,15 +51,13 @@ class KernelRecord:
     initrd: File
 
 
-@dataclass(frozen=True, slots=True)
-class PackageRecord:
+class PackageRecord(NamedTuple):
     name: str
     version: str
     architecture: str
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(NamedTuple):
     version: str
     layout: str
     architecture: str
@@ -155,8 +149,7 @@ def parse(content: bytes) -> Manifest:
     return manifest
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
+class _Reader(NamedTuple):
     """Typed access to one JSON object; errors name the whole key."""
 
     place: str

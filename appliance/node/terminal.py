@@ -7,11 +7,10 @@ import select
 import termios
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Terminal:
+class Terminal(NamedTuple):
     """Pairs of open descriptors (read, write). What is said goes to all of them; the first line typed is the answer."""
 
     pairs: tuple[tuple[int, int], ...]

@@ -131,7 +131,6 @@ def _releases(
 
 
 def _show(session: Session, path: Path, key: Path | None, as_json: bool) -> None:
-    from dataclasses import asdict
 
     from appliance.bundle import describe, unchanged
     from appliance.errors import ApplianceError
@@ -145,7 +144,7 @@ def _show(session: Session, path: Path, key: Path | None, as_json: bool) -> None
         raise ApplianceError(f"{path}: {refusal.message}", hint=refusal.hint) from refusal
     size = path.stat().st_size
     if as_json:
-        session.console.result_json({**asdict(info), "path": str(path), "size": size, "unchanged": unchanged(info)})
+        session.console.result_json({**info.facts(), "path": str(path), "size": size, "unchanged": unchanged(info)})
     else:
         session.console.result(describe(info, size))
 

@@ -100,6 +100,9 @@ class LocalNode(base.Target):
     def state(self, _instance: Instance) -> base.State:
         return self.now
 
+    def how_it_ended(self, _instance: Instance) -> str:
+        return "ended"
+
     def up(self, request: base.Request, folder: Path) -> Instance:
         raise NotImplementedError
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ class Maker:
             kernel=KernelRecord(name, "6.12", "quiet", vmlinuz, disk),
             packages=tuple(PackageRecord(key, value, "all") for key, value in (packages or {"nginx": "1.26"}).items()),
         )  # fmt: skip
-        manifest = replace(manifest, **changes)
+        manifest = manifest._replace(**changes)
         content = dump(manifest)
         files = {one.name: one for one in self.folder.iterdir()}
         return ReleaseFiles(content, manifest, files)

@@ -182,7 +182,7 @@ def test_the_class_follows_from_what_differs(maker: Maker, change: str, expected
 
 def test_another_kernel_command_line_needs_a_reboot(maker: Maker) -> None:
     old = maker.release().manifest
-    assert classify(old, replace(old, kernel=replace(old.kernel, cmdline="debug"))) == "reboot"
+    assert classify(old, old._replace(kernel=old.kernel._replace(cmdline="debug"))) == "reboot"
 
 
 def test_only_units_whose_files_changed_are_touched() -> None:
@@ -286,14 +286,14 @@ def test_another_base_is_refused_with_what_would_do(small: tuple[Path, making.Re
     with pytest.raises(refusals.WrongBase, match="another build of that version is here"):
         check_fit(info, other.manifest, {other.digest: "1.0"})
     with pytest.raises(refusals.WrongBase, match=r"starts from release 1\.0"):
-        check_fit(info, replace(old.manifest, version="0.9"), {"f" * 64: "0.9"})
+        check_fit(info, old.manifest._replace(version="0.9"), {"f" * 64: "0.9"})
     with pytest.raises(refusals.WrongLayout, match="layout"):
-        check_fit(info, replace(old.manifest, layout="production"), held)
+        check_fit(info, old.manifest._replace(layout="production"), held)
     with pytest.raises(refusals.WrongArchitecture, match="arm64"):
-        check_fit(info, replace(old.manifest, architecture="arm64"), held)
+        check_fit(info, old.manifest._replace(architecture="arm64"), held)
     with pytest.raises(refusals.Downgrade, match=r"older than 1\.2"):
-        check_fit(info, replace(old.manifest, version="1.2"), held)
-    check_fit(info, replace(old.manifest, version="1.2"), held, allow_downgrade=True)
+        check_fit(info, old.manifest._replace(version="1.2"), held)
+    check_fit(info, old.manifest._replace(version="1.2"), held, allow_downgrade=True)
 
 
 def test_other_source_files_are_refused(small: tuple[Path, making.ReleaseFiles], tmp_path: Path) -> None:

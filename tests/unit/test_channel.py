@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -52,17 +51,17 @@ def files(chain: tuple[BundleEntry, ...]) -> list[str]:
 
 def test_the_fewest_bytes_win() -> None:
     assert files(plan(INDEX, "1.0", [A])) == ["a-to-b", "b-to-c"]
-    cheaper = replace(INDEX, bundles=(*INDEX.bundles, entry(A, C, 15)))
+    cheaper = INDEX._replace(bundles=(*INDEX.bundles, entry(A, C, 15)))
     assert files(plan(cheaper, "1.0", [A])) == ["a-to-c"]
     assert files(plan(INDEX, "1.1", [B, A])) == ["b-to-c"]
     assert files(plan(INDEX, "0.9", [D])) == ["any-to-c"]
-    assert files(plan(replace(INDEX, bundles=(entry(A, C, 5), entry(B, C, 9))), "1.1", [B, A])) == ["a-to-c"]
+    assert files(plan(INDEX._replace(bundles=(entry(A, C, 5), entry(B, C, 9))), "1.1", [B, A])) == ["a-to-c"]
     assert plan(INDEX, "1.2", [C, B]) == ()
 
 
 def test_no_way_and_downgrade_are_refused() -> None:
     with pytest.raises(refusals.NoWay, match=r"from release 0\.9 to 1\.2"):
-        plan(replace(INDEX, bundles=INDEX.bundles[:3]), "0.9", [D])
+        plan(INDEX._replace(bundles=INDEX.bundles[:3]), "0.9", [D])
     with pytest.raises(refusals.Downgrade, match=r"1\.2, older than 1\.3"):
         plan(INDEX, "1.3", [D])
     assert files(plan(INDEX, "1.3", [D], allow_downgrade=True)) == ["any-to-c"]
@@ -73,7 +72,7 @@ def test_no_way_and_downgrade_are_refused() -> None:
 )
 @settings(max_examples=300)
 def test_the_plan_is_the_cheapest_chain(edges: list[tuple[str, str, int]]) -> None:
-    index = replace(INDEX, bundles=tuple(entry(*edge) for edge in edges))
+    index = INDEX._replace(bundles=tuple(entry(*edge) for edge in edges))
     cost = {A: 0.0, "": 0.0}
     for _ in range(5):
         for start, to, size in edges:
@@ -94,8 +93,8 @@ def test_the_plan_is_the_cheapest_chain(edges: list[tuple[str, str, int]]) -> No
         (INDEX, NOW + 1001, 0, refusals.Expired),
         (INDEX, NOW - 90_000, 0, refusals.ClockOff),
         (INDEX, NOW, 8, refusals.Replayed),
-        (replace(INDEX, layout="production"), NOW, 0, refusals.WrongLayout),
-        (replace(INDEX, architecture="arm64"), NOW, 0, refusals.WrongArchitecture),
+        (INDEX._replace(layout="production"), NOW, 0, refusals.WrongLayout),
+        (INDEX._replace(architecture="arm64"), NOW, 0, refusals.WrongArchitecture),
     ],
 )
 def test_an_index_for_another_hour_or_node_is_refused(
@@ -131,7 +130,7 @@ def test_every_flipped_byte_and_truncation_is_refused() -> None:
 
 @pytest.mark.parametrize("file", ["../../etc/passwd", "/etc/passwd", "a/b", "", ".hidden", "x" * 300, "a\nb"])
 def test_a_name_that_leaves_the_folder_is_refused(file: str) -> None:
-    index = replace(INDEX, bundles=(replace(INDEX.bundles[0], file=file),))
+    index = INDEX._replace(bundles=(INDEX.bundles[0]._replace(file=file),))
     with pytest.raises(refusals.Damaged, match="file"):
         parse_index(dump_index(index, SIGNER), TRUST)
 

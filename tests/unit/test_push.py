@@ -32,11 +32,11 @@ def test_the_version_stands_for_the_content(shop: Workshop) -> None:
     assert one.manifest.version.startswith("1.0+dev.")
     assert len(one.manifest.version) == len("1.0+dev.") + 8
     assert one.content == again.content
-    assert parse(one.content) == one.manifest == replace(shop.tree.manifest, version=one.manifest.version)
-    kernel = replace(shop.tree.manifest.kernel, cmdline="debug")
+    assert parse(one.content) == one.manifest == shop.tree.manifest._replace(version=one.manifest.version)
+    kernel = shop.tree.manifest.kernel._replace(cmdline="debug")
     others = [
         shop.running, shop.maker.release("1.1", nginx=b"two"), shop.maker.release(nginx=b"two", nodes=("two",)),
-        replace(shop.tree, manifest=replace(shop.tree.manifest, kernel=kernel)),
+        replace(shop.tree, manifest=shop.tree.manifest._replace(kernel=kernel)),
     ]  # fmt: skip
     versions = [push.dev_release(other).manifest.version for other in others]
     assert len({one.manifest.version, *versions}) == 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -57,7 +56,7 @@ def example(**changes: Any) -> Manifest:
         KernelRecord("6.12-ab", "6.12", "quiet", File("e" * 64, 10), File("f" * 64, 20)),
         (PackageRecord("a", "1", "all"),),
     )  # fmt: skip
-    return dataclasses.replace(manifest, **changes)
+    return manifest._replace(**changes)
 
 
 @given(MANIFESTS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ class State:
     def node(self, running: str, **settings: Any) -> Node:
         held = records.held_releases(str(self.root))
         return Node(
-            "one", "/dev/vda3", held[running], 1, held, replace(Settings(), **settings), {}, root=str(self.root)
+            "one", "/dev/vda3", held[running], 1, held, Settings()._replace(**settings), {}, root=str(self.root)
         )  # fmt: skip
 
     def files(self) -> set[str]:
@@ -246,7 +245,7 @@ def test_without_the_record_of_what_runs_nothing_is_removed(state: State) -> Non
     poorer = {name: one for name, one in node.held.items() if name != "1.3"}
     before = state.files()
     with pytest.raises(refusals.Damaged, match=r"1\.3"):
-        cleaning.clean(replace(node, held=poorer), lambda *_: None)
+        cleaning.clean(node._replace(held=poorer), lambda *_: None)
     assert state.files() == before
 
 

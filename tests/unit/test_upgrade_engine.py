@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +241,7 @@ def begin(world: World, depth: str, with_data: bool, **changes: Any) -> Job:
         old_data=2 if with_data else 1, new_data=1, started=1, with_data=with_data,
         units={"samepage.service": "restart"},
     )  # fmt: skip
-    return Job(node, node.held["1.0"], node.held["1.1"], replace(begun, **changes), quiet)
+    return Job(node, node.held["1.0"], node.held["1.1"], begun._replace(**changes), quiet)
 
 
 def quiet(_state: str, _done: int, _total: int) -> None:
@@ -314,7 +314,7 @@ def go_on(world: World) -> None:
     """What the worker does for `commit`."""
     begun = journal.read(str(world.root))
     assert begun is not None
-    job = resume.job_of(world.node(), replace(begun, stopped=False, stop_before=""), quiet)
+    job = resume.job_of(world.node(), begun._replace(stopped=False, stop_before=""), quiet)
     carry_on(world, engine.run(job, begun.stop_before))
 
 
@@ -322,7 +322,7 @@ def call_off(world: World) -> None:
     """What the worker does for `rollback`."""
     begun = journal.read(str(world.root))
     assert begun is not None
-    job = resume.job_of(world.node(), replace(begun, stopped=False), quiet)
+    job = resume.job_of(world.node(), begun._replace(stopped=False), quiet)
     carry_on(world, engine.undo(job, begun.state, engine.CALLED_OFF))
     assert journal.read_history(str(world.root))[-1]["blameless"]
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,7 @@ def served(world: World) -> Path:
     folder = world.folder / "channel"
     for start, goal in (("1.0", "1.1"), ("1.1", "1.2")):
         channels.add(folder, [world.bundle(start, goal)], SIGNER, int(time.time()))
-    world.settings = replace(world.settings, channel=f"file://{folder}")
+    world.settings = world.settings._replace(channel=f"file://{folder}")
     return folder
 
 
@@ -322,7 +322,7 @@ def test_a_release_is_tried_again_where_it_is_not_to_blame(
 ) -> None:
     world.add("1.1", nginx=b"two")
     planned = world.plan("1.1")
-    begun = replace(planned.journal, reason=state, message=message)
+    begun = planned.journal._replace(reason=state, message=message)
     engine.remember(engine.Job(world.node(), planned.old, planned.new, begun, silent), "failed")
     found = journal.failed_before(str(world.root), world.made["1.1"].digest)
     assert found is not None

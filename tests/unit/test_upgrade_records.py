@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -164,7 +163,7 @@ def test_the_node_knows_what_grub_boots(tmp_path: Path, number: int) -> None:
 
 def test_grub_tries_a_release_once(tmp_path: Path) -> None:
     root = tree(tmp_path, {"selected": GOOD, "try": OTHER.replace("quiet", "quiet samepage.trial=600")})
-    assert grub(root, "try") == ("default=try saved=empty", replace(PREVIOUS, record="try"))
+    assert grub(root, "try") == ("default=try saved=empty", PREVIOUS._replace(record="try"))
     assert grub(root) == ("default=selected saved=", SELECTED)
     assert grub(root, "something") == ("default=selected saved=", SELECTED)
 
@@ -268,14 +267,14 @@ def commits(held: Held, root: Path) -> Iterator[Choice | None]:
 
 def test_a_commit_is_one_step_from_old_to_new(tmp_path: Path, manifest: Manifest) -> None:
     """Whatever happens in it, the old release with the old data boots, or the new one with the new."""
-    new = replace(manifest, version="1.1", kernel=replace(manifest.kernel, id="6.12-b"))
+    new = manifest._replace(version="1.1", kernel=manifest.kernel._replace(id="6.12-b"))
     root = tree(tmp_path, {"selected": GOOD.replace("'1'", "'2'")})
     found = list(commits(Held("1.1", new, "f" * 64, None), root))
     old, then = Choice("selected", "1.0", "6.12-a", 2), Choice("selected", "1.1", "6.12-b", 1)
     assert found == [old, old, then]
     assert grub(root)[1] == then
     (root / "kernels/6.12-b/vmlinuz").unlink()
-    assert records.choose(str(root)) == grub(root)[1] == replace(old, record="previous")
+    assert records.choose(str(root)) == grub(root)[1] == old._replace(record="previous")
 
 
 NAMES = st.from_regex(r"[0-9A-Za-z][0-9A-Za-z.+~_-]{0,20}", fullmatch=True)
@@ -287,5 +286,5 @@ CMDLINES = st.from_regex(re.compile(r"[\w=.,:/@+ -]{0,40}", re.ASCII), fullmatch
 def test_every_record_of_a_manifest_can_be_read(
     manifest: Manifest, name: str, kernel: str, data: int, cmdline: str
 ) -> None:
-    made = replace(manifest, kernel=replace(manifest.kernel, id=kernel, cmdline=cmdline))
+    made = manifest._replace(kernel=manifest.kernel._replace(id=kernel, cmdline=cmdline))
     assert parse_record(boot_record(made, data, name)) == BootRecord(name, kernel, data, cmdline.strip())

@@ -102,7 +102,7 @@ def test_what_belongs_to_no_release_goes_unless_it_is_named() -> None:
     )
     assert found.data == ((9, "no release needs it"), (10, "no release needs it"))
     assert found.frees == 27
-    named = replace(present, named_files=frozenset(more), named_data=frozenset({9, 10}))
+    named = present._replace(named_files=frozenset(more), named_data=frozenset({9, 10}))
     assert decide(keep=4, present=named).empty
 
 
@@ -112,7 +112,7 @@ def test_what_nobody_needs_goes_before_a_release_does() -> None:
 
 
 def test_the_data_that_runs_stays_whoever_has_it() -> None:
-    found = decide(keep=1, releases=(replace(ONE, data=1), TWO, THREE, FOUR))
+    found = decide(keep=1, releases=(ONE._replace(data=1), TWO, THREE, FOUR))
     assert [number for number, _ in found.data] == [4, 5]
 
 
@@ -124,9 +124,9 @@ def test_without_the_records_of_what_must_stay_nothing_is_decided(running: str, 
 
 
 def test_a_release_that_was_installed_again_counts_as_new() -> None:
-    found = decide(releases=(replace(ONE, installed_at=250), TWO, THREE, FOUR))
+    found = decide(releases=(ONE._replace(installed_at=250), TWO, THREE, FOUR))
     assert [name for name, _ in found.remove] == ["1.1"]
-    found = decide(keep=3, releases=tuple(replace(one, installed_at=0) for one in ALL))
+    found = decide(keep=3, releases=tuple(one._replace(installed_at=0) for one in ALL))
     assert [name for name, _ in found.remove] == ["1.0"]
 
 
@@ -169,8 +169,7 @@ class Node:
         """The node once the plan is carried out."""
         files, data = {path for path, _ in found.files}, {number for number, _ in found.data}
         removed = {name for name, _ in found.remove}
-        present = replace(
-            self.present,
+        present = self.present._replace(
             files={path: size for path, size in self.present.files.items() if path not in files},
             data={number: size for number, size in self.present.data.items() if number not in data},
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +61,11 @@ def test_judge_that_fails(done: list[str], monkeypatch: pytest.MonkeyPatch, in_t
     assert done == does
 
 
-@pytest.mark.parametrize("last", [replace(BEGUN, stopped=False, opened=True), None])
+@pytest.mark.parametrize("last", [BEGUN._replace(stopped=False, opened=True), None])
 def test_door_of_a_stopped_trial_waits_for_somebody(
     done: list[str], monkeypatch: pytest.MonkeyPatch, last: Journal | None
 ) -> None:
-    found = [BEGUN, BEGUN, replace(BEGUN, stopped=False), last]
+    found = [BEGUN, BEGUN, BEGUN._replace(stopped=False), last]
     judge(monkeypatch, "stopped")
     monkeypatch.setattr(journal, "read", lambda _root: found.pop(0))
     monkeypatch.setattr(time, "sleep", lambda _seconds: done.append("sleep"))

@@ -9,7 +9,6 @@ import json
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace as but
 from pathlib import Path
 from typing import Any
 
@@ -258,16 +257,17 @@ def test_the_channel_says_that_there_is_something_newer(node: Machine, served: I
 
 
 INDEXES: dict[str, tuple[Callable[[Index], Index], str, str]] = {
-    "expired": (lambda one: but(one, created=one.created - 90_000, expires=one.created - 10), "expired", "ago"),
-    "replayed": (lambda one: but(one, counter=1), "replayed", "no. 1, but no. 2"),
-    "made in a day from now": (lambda one: but(one, created=one.created + 86_400), "clock-off", "from now"),
-    "of another layout": (lambda one: but(one, layout="qa-cloud"), "wrong-layout", "qa-cloud"),
-    "of another architecture": (lambda one: but(one, architecture="arm64"), "wrong-architecture", "arm64"),
+    "expired": (lambda one: one._replace(created=one.created - 90_000, expires=one.created - 10), "expired", "ago"),
+    "replayed": (lambda one: one._replace(counter=1), "replayed", "no. 1, but no. 2"),
+    "made in a day from now": (lambda one: one._replace(created=one.created + 86_400), "clock-off", "from now"),
+    "of another layout": (lambda one: one._replace(layout="qa-cloud"), "wrong-layout", "qa-cloud"),
+    "of another architecture": (lambda one: one._replace(architecture="arm64"), "wrong-architecture", "arm64"),
     "of older releases": (
-        lambda one: but(one, releases=(but(one.releases[0], version="0.9", manifest="f" * 64),)), "downgrade", "0.9"
+        lambda one: one._replace(releases=(one.releases[0]._replace(version="0.9", manifest="f" * 64),)),
+        "downgrade", "0.9",
     ),
-    "without a way": (lambda one: but(one, bundles=one.bundles[1:]), "no-way", "from release 1.0 to 6.2"),
-    "that revokes its own key": (lambda one: but(one, revoked=frozenset({SIGNER.id})), "revoked-key", SIGNER.id),
+    "without a way": (lambda one: one._replace(bundles=one.bundles[1:]), "no-way", "from release 1.0 to 6.2"),
+    "that revokes its own key": (lambda one: one._replace(revoked=frozenset({SIGNER.id})), "revoked-key", SIGNER.id),
 }  # fmt: skip
 
 
@@ -311,10 +311,10 @@ def test_a_key_revoked_by_the_channel_signs_no_bundle(node: Machine, served: Ind
     folder.mkdir(exist_ok=True)
     path = making.make(chain.made["1.0"], chain.made["6.1"], OTHER, folder / "foreign.bundle").path
     content = path.read_bytes()
-    entry = but(served.bundles[0], file=path.name, size=len(content), sha256=making.sha256(content).hexdigest())
+    entry = served.bundles[0]._replace(file=path.name, size=len(content), sha256=making.sha256(content).hexdigest())
     node.put(content, f"{CHANNEL}/{path.name}")
     node.put(dump_key(OTHER.public, PUBLIC, "the site"), "/state/upgrade/keys/site.pub")
-    publish(node, but(served, bundles=(entry, served.bundles[1]), revoked=frozenset({OTHER.id})))
+    publish(node, served._replace(bundles=(entry, served.bundles[1]), revoked=frozenset({OTHER.id})))
     status, found = node.tool()
     assert (status, found["outcome"], found["reason"]) == (3, "refused", "revoked-key"), found
     assert node.status()["release"] == "1.0"
@@ -391,7 +391,7 @@ def test_what_is_downloaded_is_upgraded_to_later(node: Machine, served: Index, c
     start, goal = (chain.made[version].digest for version in ("6.3", "6.4"))
     content = path.read_bytes()
     entry = BundleEntry(path.name, start, goal, len(content), making.sha256(content).hexdigest())
-    publish(node, but(served, counter=3, releases=(ReleaseEntry("6.4", goal),), bundles=(entry,)))
+    publish(node, served._replace(counter=3, releases=(ReleaseEntry("6.4", goal),), bundles=(entry,)))
     before = node.invocations()
     status, found = node.tool("--download-only")
     assert (status, found["outcome"], found["from"], found["to"]) == (0, "downloaded", "6.3", "6.4"), found

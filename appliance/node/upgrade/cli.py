@@ -173,9 +173,7 @@ def _change(verb: str, options: argparse.Namespace) -> int:
 
 def _ask(request: Request, options: argparse.Namespace) -> int:
     """Stage and plan, show it, and go on when somebody agrees."""
-    from dataclasses import replace
-
-    found = _relay(replace(request, stop_before="hold"), options)
+    found = _relay(request._replace(stop_before="hold"), options)
     if found.get("outcome") != "stopped":
         return show(found, options)
     print(describe(found))

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from appliance.node.release import boot_record
 from appliance.node.upgrade import changes, journal, judging, mounts, records, services, trial
@@ -29,8 +29,7 @@ Report = Callable[[str, int, int], None]
 """Told the state, the bytes done and the bytes there are (0 and 0 where there is nothing to count)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a run ended. `name` is a key of request.STATUSES."""
 
     name: str
@@ -40,18 +39,19 @@ class Outcome:
     seconds: float = 0.0
 
 
-@dataclass(slots=True)
 class Job:
     """One run: the node and the releases as they are, and the journal as it grows."""
 
-    node: Node
-    old: Held
-    new: Held
-    journal: Journal
-    report: Report
-    changed: frozenset[str] = frozenset()
-    in_boot: bool = False  # the front door's units have not been started yet
-    began: float = field(default_factory=time.monotonic)
+    __slots__ = ("began", "changed", "in_boot", "journal", "new", "node", "old", "report")
+
+    def __init__(
+        self, node: Node, old: Held, new: Held, journal: Journal, report: Report,
+        changed: frozenset[str] = frozenset(), *, in_boot: bool = False,
+    ) -> None:  # fmt: skip
+        """`in_boot`: the front door's units have not been started yet."""
+        self.node, self.old, self.new, self.journal, self.report = node, old, new, journal, report
+        self.changed, self.in_boot = changed, in_boot
+        self.began = time.monotonic()
 
     @property
     def root(self) -> str:
@@ -137,7 +137,7 @@ def open_door(job: Job) -> None:
     begun = job.journal
     if not begun.with_data:
         return
-    job.journal = replace(begun, opened=True)
+    job.journal = begun._replace(opened=True)
     journal.write(job.root, job.journal)
     if job.in_boot:
         services.notify("READY=1")  # the door's units wait for this
@@ -183,14 +183,14 @@ def run(job: Job, start: str = "hold") -> Outcome:
 
 
 def _stopped(job: Job, state: str) -> Outcome:
-    job.journal = replace(job.journal, stopped=True)
+    job.journal = job.journal._replace(stopped=True)
     journal.write(job.root, job.journal)
     return _outcome(job, "stopped", message=f"stopped before {state}")
 
 
 def finish(job: Job, message: str = "") -> Outcome:
     """The upgrade is over: remember it, and forget what only it needed. `message`: what is wrong nevertheless."""
-    begun = job.journal = replace(job.journal, message=message)
+    begun = job.journal = job.journal._replace(message=message)
     trial.end()
     remember(job, "committed")
     if begun.spare_data and begun.spare_data not in (begun.new_data, begun.old_data):
@@ -208,7 +208,7 @@ def said(error: Exception) -> str:
 
 def undo(job: Job, state: str, reason: str) -> Outcome:
     """Back to the old release and the old data, from whatever state has been entered."""
-    begun = job.journal = replace(job.journal, failed=True, reason=state, message=reason)
+    begun = job.journal = job.journal._replace(failed=True, reason=state, message=reason)
     with suppress(OSError):  # no room, perhaps: what is undone is undone all the same
         journal.write(job.root, begun)
     job.report("undo", 0, 0)
@@ -218,7 +218,7 @@ def undo(job: Job, state: str, reason: str) -> Outcome:
         if not begun.with_data and begun.depth == "live":
             return _swap_back(job)
     except Exception as error:  # the old release shall run, the long way round if need be
-        job.journal = replace(begun, message=f"{reason}\nundoing it: {said(error)}")
+        job.journal = begun._replace(message=f"{reason}\nundoing it: {said(error)}")
     return restart_old(job)
 
 
@@ -307,8 +307,8 @@ def _after_commit(job: Job, error: Exception) -> Outcome:
             services.shut(door.unit)
     elif not isinstance(error, Failed) or job.old.manifest.schema_level != job.new.manifest.schema_level:
         return finish(job, said(error))
-    begun = job.journal = replace(
-        begun, state="commit", old_data=data, opened=False, failed=True, reason="open", message=said(error)
+    begun = job.journal = begun._replace(
+        state="commit", old_data=data, opened=False, failed=True, reason="open", message=said(error)
     )
     records.put(job.root, {journal.JOURNAL: journal.dump(begun), **records.select(job.old, data)})
     job.report("undo", 0, 0)

@@ -10,8 +10,8 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from appliance.node.upgrade import records
 from appliance.node.upgrade.request import STATES
@@ -30,8 +30,7 @@ class JournalError(ValueError):
     """The journal is not what it should be; the message names the key."""
 
 
-@dataclass(frozen=True, slots=True)
-class Journal:
+class Journal(NamedTuple):
     """An unfinished upgrade. `old` and `new` are ids of releases; data are numbers of data subvolumes.
 
     Until the commit a power-on boots `old` with `old_data`, after it `new` with `new_data`. `spare_data` is removed
@@ -56,10 +55,10 @@ class Journal:
     reason: str = ""
     message: str = ""
     deadline: int = 600  # seconds a trial may take until the watchdog ends it
-    units: Mapping[str, str] = field(default_factory=dict)
+    units: Mapping[str, str] = MappingProxyType({})
 
     def at(self, state: str) -> Journal:
-        return replace(self, state=state)
+        return self._replace(state=state)
 
     @property
     def committed(self) -> bool:
@@ -67,7 +66,7 @@ class Journal:
 
 
 def dump(journal: Journal) -> bytes:
-    return (json.dumps(asdict(journal) | {"units": dict(journal.units)}, sort_keys=True, indent=1) + "\n").encode()
+    return (json.dumps(journal._asdict() | {"units": dict(journal.units)}, sort_keys=True, indent=1) + "\n").encode()
 
 
 def parse(content: bytes) -> Journal:
@@ -78,14 +77,13 @@ def parse(content: bytes) -> Journal:
         raise JournalError(f"the journal is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise JournalError("the journal is no object")
-    known = {one.name: one for one in fields(Journal)}
-    if value.keys() - known.keys():
-        raise JournalError(f"the journal has an unknown key {min(value.keys() - known.keys())!r:.60}")
+    if unknown := value.keys() - set(Journal._fields):
+        raise JournalError(f"the journal has an unknown key {min(unknown)!r:.60}")
     for name, kind in _KINDS.items():
         if name in value and type(value[name]) is not kind:
             raise JournalError(f"the journal: {name} is no {kind.__name__}")
     try:
-        journal = Journal(**value)
+        journal = Journal(**{"units": {}, **value})
     except TypeError as error:
         raise JournalError(f"the journal lacks a key: {error}") from error
     _check(journal)

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from typing import Any
 
 from appliance.node.upgrade import cleaning, journal, obtain, records, staging
@@ -85,7 +84,7 @@ def info(node: Node, options: argparse.Namespace) -> Answer:
         f"class: {found.summary.get('class', 'unknown')}",
         *(f"  {part.kind:<9} {part.packed:>12,} of {part.size:>13,} bytes" for part in found.parts_for(node.name)),
     ]
-    return {"status": 0, "text": "\n".join(lines), **asdict(found)}
+    return {"status": 0, "text": "\n".join(lines), **found.facts()}
 
 
 def plan(node: Node, options: argparse.Namespace) -> Answer:
@@ -108,7 +107,7 @@ def status(node: Node, _options: argparse.Namespace) -> Answer:
         "release": node.running.id, "version": node.running.manifest.version, "digest": node.running.digest,
         "layout": node.running.manifest.layout, "data": node.data, "previous": before,
         "layers": node.layers(node.running),
-        "kernel": node.running.manifest.kernel.id, "unfinished": asdict(begun) if begun else None, "last": last,
+        "kernel": node.running.manifest.kernel.id, "unfinished": begun._asdict() if begun else None, "last": last,
         "releases": {one.id: {"digest": one.digest, "data": one.data} for one in node.held.values()},
         "next_boot": {"release": choice.release, "data": choice.data} if choice else None,
     }  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from appliance.node.upgrade.records import layer_path
 
@@ -35,8 +35,7 @@ class MountError(OSError):
     """The kernel refused to mount something; the message names it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Trees:
+class Trees(NamedTuple):
     """Layer images of one release, by path."""
 
     base: str

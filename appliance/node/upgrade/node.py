@@ -6,8 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from appliance.node.refusals import Refusal
 from appliance.node.upgrade import mounts, records
@@ -32,8 +31,7 @@ class NotUpgradable(Refusal):
     hint = "install it on a disk first"
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """`budget`: percent that releases and the data they left may fill of the room beside the data that runs."""
 
     channel: str = ""
@@ -64,7 +62,7 @@ def read_settings(path: str = SETTINGS_FILE) -> Settings:
         raise NotUpgradable(f"{path} cannot be used: {error}", hint=hint) from error
     if not isinstance(found, dict):
         raise NotUpgradable(f"{path} is no object", hint=hint)
-    known = {one.name: one.default for one in fields(Settings)}
+    known = Settings._field_defaults
     for name, default in known.items():
         if type(found.get(name, default)) is not type(default):
             raise NotUpgradable(f"{path}: {name} is no {type(default).__name__}", hint=hint)
@@ -74,8 +72,7 @@ def read_settings(path: str = SETTINGS_FILE) -> Settings:
     return settings
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """`running` is the release that runs, `data` the subvolume that is /var, `description` is node.json."""
 
     name: str
@@ -84,7 +81,7 @@ class Node:
     data: int
     held: Mapping[str, Held]
     settings: Settings
-    description: Mapping[str, Any] = field(repr=False)
+    description: Mapping[str, Any]
     root: str = STATE
     identity: str = f"{STATE}/identity"
 

@@ -7,8 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from appliance.node import channel
 from appliance.node.bundle import check_fit, open_bundle, read_info
@@ -25,8 +24,7 @@ from appliance.node.upgrade.staging import free, stage, wanted_files
 Report = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(NamedTuple):
     """Bundles, in order, that lead to a release; `goal` is the sha256 of its manifest, `keys` are trusted for it."""
 
     files: tuple[str, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from appliance.node.plan import classify, touched_units
 from appliance.node.upgrade import changes, journal, mounts, records
@@ -13,8 +13,7 @@ from appliance.node.upgrade.node import Node
 from appliance.node.upgrade.records import Held
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What will happen. `changed` are the paths that differ, of a live upgrade."""
 
     journal: Journal

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from appliance.node.release import Manifest, ReleaseError, boot_record, dump_layers, parse
 
@@ -28,8 +28,7 @@ _RECORD_LIMIT = 4096  # bytes
 _MANIFEST_LIMIT = 16 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class BootRecord:
+class BootRecord(NamedTuple):
     """What one boot record says."""
 
     release: str  # folder under releases/
@@ -38,8 +37,7 @@ class BootRecord:
     options: str
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """What a power-on boots: `record` is "selected" or "previous"."""
 
     record: str
@@ -48,8 +46,7 @@ class Choice:
     data: int
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(NamedTuple):
     """A release whose record is on the state partition. `data`: the data it left behind, None where it has none."""
 
     id: str

@@ -10,8 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from appliance.node.refusals import Busy
 
@@ -28,8 +27,7 @@ STATUSES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What the command line asked for. `source`: a path, an address, or empty for the channel."""
 
     verb: str = "install"  # install, commit, rollback
@@ -44,13 +42,13 @@ class Request:
 
 
 def dump_request(request: Request) -> bytes:
-    return json.dumps(asdict(request)).encode()
+    return json.dumps(request._asdict()).encode()
 
 
 def parse_request(content: bytes) -> Request:
     """Raises ValueError for what is none."""
     value: Any = json.loads(content)
-    if not isinstance(value, dict) or not value.keys() <= {one.name for one in fields(Request)}:
+    if not isinstance(value, dict) or not value.keys() <= set(Request._fields):
         raise ValueError("the request is not one")
     return Request(**value)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import replace
 
 from appliance.node.upgrade import engine, journal, judging, mounts, records, services, trial
 from appliance.node.upgrade.engine import Job, Outcome, Report
@@ -56,7 +55,7 @@ def after_boot(report: Report) -> Outcome | None:
         services.notify("READY=1")
         return engine.finish(job)
     if begun.stopped:  # a restart ends that
-        job.journal = replace(begun, stopped=False, stop_before="")
+        job.journal = begun._replace(stopped=False, stop_before="")
     return engine.run(job, "health" if begun.committed or begun.depth == "live" else "migrate")
 
 
@@ -74,7 +73,7 @@ def _old_runs(job: Job, runs: tuple[str, int]) -> Outcome:
         records.put(job.root, records.select(job.node.running, job.node.data))
     tried = begun.failed or STATES.index(begun.state) >= STATES.index("switch")
     message = begun.message or (_SILENT[begun.depth] if tried and begun.depth in _SILENT else engine.RESTARTED)
-    job.journal = replace(begun, failed=True, reason=begun.reason or begun.state, message=message)
+    job.journal = begun._replace(failed=True, reason=begun.reason or begun.state, message=message)
     outcome = "rolled-back" if tried else "failed"
     engine.remember(job, outcome)
     return Outcome(outcome, job.journal, job.journal.reason, message)

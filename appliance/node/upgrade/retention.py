@@ -7,7 +7,7 @@ a power cut in between leaves files that no release has, which the next plan nam
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from appliance.node.refusals import Damaged, NoRoom
 from appliance.node.release import Manifest
@@ -17,8 +17,7 @@ from appliance.node.versions import order
 MARGIN = 256_000_000  # bytes to spare: what btrfs needs to write at all, and data that changes during the upgrade
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(NamedTuple):
     """A release on the state partition. `files`: see `files_of`; `data`: the data it left behind, if any."""
 
     id: str
@@ -28,8 +27,7 @@ class Release:
     data: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Present:
+class Present(NamedTuple):
     """What is there: bytes of files by path in the state partition, bytes of data by number.
 
     `files` are layers, kernels and whatever upgrades and downloads left; `data` counts the bytes that no other
@@ -42,8 +40,7 @@ class Present:
     named_data: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """Each entry with its reason in words. `frees`: bytes; `over`: bytes above the budget that no cleanup frees."""
 
     keep: tuple[tuple[str, str], ...]  # ids of releases, the newest first

@@ -13,8 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 CGROUPS = "/sys/fs/cgroup/system.slice"
 _UNITS = "/etc/systemd/system/"
@@ -29,8 +28,7 @@ class ServiceError(Exception):
     """A unit did not do what it was told; the message has its last words."""
 
 
-@dataclass(frozen=True, slots=True)
-class Door:
+class Door(NamedTuple):
     unit: str
     hold: signal.Signals
     release: signal.Signals

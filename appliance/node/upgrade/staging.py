@@ -12,8 +12,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import IO
+from typing import IO, NamedTuple
 
 from appliance.node.bundle import Bundle, Part, check_manifest
 from appliance.node.refusals import Damaged, WrongNode
@@ -28,16 +27,14 @@ Progress = Callable[[int, int], None]
 """Told the bytes done and the bytes there are."""
 
 
-@dataclass(frozen=True, slots=True)
-class Staged:
+class Staged(NamedTuple):
     """A release whose files are all on the state partition."""
 
     release: Held
     made: int  # bytes written for it
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
+class _File(NamedTuple):
     path: str
     size: int
 

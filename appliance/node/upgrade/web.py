@@ -9,8 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from email.message import Message
@@ -44,8 +43,7 @@ class Broken(Exception):
     """One attempt came to nothing; another one may not."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """A file's content from the byte `start` on. `total`: bytes of the whole file, None where the server is silent."""
 
     start: int

@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from appliance.node.refusals import Refusal
@@ -44,13 +43,14 @@ class Cancelled(Exception):
     """Somebody wants it no more, and nothing has happened yet."""
 
 
-@dataclass(slots=True)
 class Reporter:
     """Writes events, and notices that somebody wants to cancel."""
 
-    write: Callable[[Mapping[str, Any]], None]
-    cancelled: bool = False
-    _last: tuple[str, int, float] = field(default=("", 0, 0.0))
+    __slots__ = ("_last", "cancelled", "write")
+
+    def __init__(self, write: Callable[[Mapping[str, Any]], None]) -> None:
+        self.write, self.cancelled = write, False
+        self._last = ("", 0, 0.0)
 
     def __call__(self, state: str, done: int, total: int) -> None:
         """Raises Cancelled where that was asked for and nothing has happened yet."""
@@ -208,7 +208,7 @@ def _install(node: Node, request: Request, reporter: Reporter) -> dict[str, Any]
     if new is None:
         return _result("nothing", node, message=f"release {node.running.manifest.version} runs already")
     _clear_incoming(chain.files)
-    node = replace(node, held=records.held_releases(node.root))
+    node = node._replace(held=records.held_releases(node.root))
     if request.download_only:
         return _result("downloaded", node, new=new.id, message=f"release {new.id} is on this node")
     return _upgrade(node, new.id, request, reporter)
@@ -260,7 +260,7 @@ def _continue(
     if begun is None:
         return _result("nothing", node, message="no upgrade was stopped here")
     state = begun.stop_before
-    begun = replace(begun, stopped=False, stop_before=request.stop_before)
+    begun = begun._replace(stopped=False, stop_before=request.stop_before)
     job = resume.job_of(node, begun, reporter)
     if begun.depth == "live":  # what differs does so both ways
         job.changed = planning.plan(node, job.new if node.running.id != begun.new else job.old).changed or job.changed
@@ -272,7 +272,7 @@ def _roll_back(
 ) -> dict[str, Any]:
     """Undo a stopped upgrade, or go back to the release before this one."""
     if begun is not None:
-        job = resume.job_of(node, replace(begun, stopped=False), reporter)
+        job = resume.job_of(node, begun._replace(stopped=False), reporter)
         return _ended(node, engine.undo(job, begun.state, engine.CALLED_OFF))
     name = request.to or previous(node)
     if not name or name not in node.held:
@@ -281,7 +281,7 @@ def _roll_back(
     if name == node.running.id:
         return _result("nothing", node, message=f"release {name} runs already")
     if request.data == "restore" and node.held[name].data is None:
-        request = replace(request, data="keep")  # nothing was written that it could not read
+        request = request._replace(data="keep")  # nothing was written that it could not read
     return _upgrade(node, name, request, reporter, "rollback")
 
 

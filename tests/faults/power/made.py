@@ -10,7 +10,6 @@ import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from dataclasses import replace as changed
 from functools import cached_property
 from pathlib import Path
 
@@ -107,12 +106,12 @@ class Releases:
     def _other_base(self, version: str, of: ReleaseFiles) -> ReleaseFiles:
         old = next(layer for layer in of.manifest.layers if layer.kind == "base")
         path, file = self._padded(of.files[old.digest])
-        layers = (changed(one, digest=file.digest, size=file.size) if one is old else one for one in of.manifest.layers)
-        manifest = changed(of.manifest, version=version, layers=tuple(layers))
+        layers = (one._replace(digest=file.digest, size=file.size) if one is old else one for one in of.manifest.layers)
+        manifest = of.manifest._replace(version=version, layers=tuple(layers))
         return ReleaseFiles(dump(manifest), manifest, {**of.files, file.digest: path})
 
     def _other_kernel(self, version: str, of: ReleaseFiles) -> ReleaseFiles:
         old = of.manifest.kernel
         path, file = self._padded(of.files[old.initrd.digest])
-        manifest = changed(of.manifest, version=version, kernel=changed(old, id=f"{old.id}-padded", initrd=file))
+        manifest = of.manifest._replace(version=version, kernel=old._replace(id=f"{old.id}-padded", initrd=file))
         return ReleaseFiles(dump(manifest), manifest, {**of.files, file.digest: path})

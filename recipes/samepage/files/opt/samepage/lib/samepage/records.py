@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from .clock import utc_now
 
 FORMAT = 1
 CURRENT = "calls.jsonl"
+MIDST = 0.05  # seconds in which a line that crosses two pages is surely written
 _log = logging.getLogger(__name__)
 
 
@@ -84,9 +86,14 @@ class Spool:
         self._folder.mkdir(mode=0o700, exist_ok=True)
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         self._descriptor = os.open(self._folder / CURRENT, flags, 0o640)
+        if self._ends_torn():
+            time.sleep(MIDST)
+            if self._ends_torn():  # still: by a power cut, and not by another writer in the midst of its line
+                self._size += os.write(self._descriptor, b"\n")
+
+    def _ends_torn(self) -> bool:
         self._size = os.fstat(self._descriptor).st_size
-        if self._size and os.pread(self._descriptor, 1, self._size - 1) != b"\n":  # torn by a power cut
-            self._size += os.write(self._descriptor, b"\n")
+        return self._size > 0 and os.pread(self._descriptor, 1, self._size - 1) != b"\n"
 
     def _rotate(self) -> None:
         self.close()
