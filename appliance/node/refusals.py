@@ -5,15 +5,16 @@ A refusal leaves the node as it was. `reason` is its name for programs, `status`
 
 from __future__ import annotations
 
+FAILED = 1
 REFUSED = 3
 LOCKED = 6
 
 
-class Refusal(Exception):
-    """The upgrade is refused; the message says why, `hint` what can be done."""
+class Ending(Exception):
+    """Why something is not done: the message says why, `hint` what can be done, `reason` is its name for programs."""
 
-    reason = "refused"
-    status = REFUSED
+    reason = "failed"
+    status = FAILED
     hint = ""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
@@ -23,6 +24,13 @@ class Refusal(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
+
+
+class Refusal(Ending):
+    """The upgrade is refused."""
+
+    reason = "refused"
+    status = REFUSED
 
 
 class ForeignFile(Refusal):

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,22 +18,7 @@ from tests.unit.downloads import broken, get, left, whole
 from tests.unit.releases import OTHER, SIGNER, TRUST
 from tests.webserver import CONTENT, SHA256, SIZE, Site, serving
 
-
-@pytest.fixture(autouse=True)
-def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def site() -> Iterator[Site]:
-    with serving(Site()) as running:
-        yield running
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    return tmp_path / "incoming.bundle"
+pytestmark = pytest.mark.usefixtures("no_proxies")
 
 
 # --- downloads -------------------------------------------------------------------------------------------------------

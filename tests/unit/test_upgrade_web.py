@@ -15,22 +15,7 @@ from appliance.node.upgrade.web import shown
 from tests.unit.downloads import broken, get, whole
 from tests.webserver import CONTENT, SHA256, SIZE, Site, make_certificate, serving
 
-
-@pytest.fixture(autouse=True)
-def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def site() -> Iterator[Site]:
-    with serving(Site()) as running:
-        yield running
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    return tmp_path / "incoming.bundle"
+pytestmark = pytest.mark.usefixtures("no_proxies")
 
 
 # --- addresses -------------------------------------------------------------------------------------------------------

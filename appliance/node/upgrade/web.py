@@ -11,6 +11,8 @@ import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from appliance.node.refusals import Ending
+
 if TYPE_CHECKING:
     from email.message import Message
     from typing import IO
@@ -24,19 +26,10 @@ _RETRIED = frozenset({408, 425, 429})  # and all from 500 on
 _RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})\Z")
 
 
-class FetchError(Exception):
-    """A file cannot be fetched; the message says why, `hint` what can be done. What came of it is kept."""
+class FetchError(Ending):
+    """A file cannot be fetched. What came of it is kept."""
 
     reason = "not-fetched"
-    status = 1
-
-    def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
-
-    def __str__(self) -> str:
-        return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
 
 
 class Broken(Exception):
