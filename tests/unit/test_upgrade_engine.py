@@ -216,6 +216,7 @@ def world(partition: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Wor
             raise judging.Shut("nginx does not start")
 
     for module, name, fake in (
+        (services, "shorten_stop", lambda: made.reach("shorten stop")),
         (services, "run", run), (services, "doors", lambda _node: [DOOR]), (services, "hold", hold),
         (services, "release", open_door), (services, "notify", open_door),
         (services, "restarting", lambda: bool(made.down)), (services, "stop", lambda _units: made.reach("stop")),
@@ -291,6 +292,13 @@ def test_upgrade_that_succeeds(world: World, depth: str, with_data: bool) -> Non
     upgrade(world.anew(), depth, with_data)
     assert ended(world) == "committed"
     assert (world.running, world.data) == ("1.1", 1)
+
+
+@pytest.mark.parametrize(("depth", "with_data"), CLASSES)
+def test_what_shortens_a_stop_is_done_before_clients_wait(world: World, depth: str, with_data: bool) -> None:
+    upgrade(world.anew(), depth, with_data)
+    before_hold = world.calls[: world.calls.index("hold")] if with_data else world.calls
+    assert ("shorten stop" in before_hold) == (depth != "live" and with_data)
 
 
 @pytest.mark.parametrize(("depth", "with_data"), CLASSES)

@@ -69,6 +69,8 @@ class Job:
 def hold(job: Job) -> None:
     """Clients wait: what they have sent is answered, nothing new is taken, no connection is refused."""
     if job.journal.with_data:
+        if job.journal.depth != "live":
+            services.shorten_stop()
         for door in services.doors(job.node.description):
             services.hold(door, job.node.settings.hold_seconds)
 

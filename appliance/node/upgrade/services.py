@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 CGROUPS = "/sys/fs/cgroup/system.slice"
+BEFORE_HOLD = "samepage-before-hold.target"
 _UNITS = "/etc/systemd/system/"
 _TMPFILES = "/etc/tmpfiles.d/"
 _SYSCTL = "/etc/sysctl.d/"
@@ -69,6 +70,12 @@ def restarting() -> bool:
 
 
 # --- the front door --------------------------------------------------------------------------------------------------
+
+
+def shorten_stop() -> None:
+    """Have units do what would make their stop long, such as a database's checkpoint, before clients wait for it."""
+    with suppress(ServiceError):  # it will take longer
+        systemctl("start", BEFORE_HOLD)
 
 
 def main_process(unit: str) -> int:
