@@ -209,6 +209,8 @@ def world(partition: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Wor
 
     def probe(_seconds: float, *, behind_door: bool) -> None:
         made.reach("probe behind the door" if behind_door else "probe")
+        if made.door == "waiting" and not behind_door:
+            raise judging.Failed("the front door's own probes wait for the gate, which waits for them")
 
     def wait_open() -> None:
         made.reach("wait open")
@@ -382,10 +384,11 @@ def test_power_is_cut_anywhere(world: World, depth: str, with_data: bool) -> Non
         with suppress(Cut):
             upgrade(world.anew(number, Cut()), depth, with_data)
         if world.failed:
-            begun = journal.read(str(world.root))
+            begun, chosen = journal.read(str(world.root)), records.choose(str(world.root))
             restart(world)
             if begun is not None:
-                ended(world)
+                assert chosen is not None
+                assert ended(world) == "committed" or chosen.release == "1.0", world.calls
 
 
 @pytest.mark.parametrize(("depth", "with_data"), CLASSES)

@@ -115,7 +115,7 @@ def migrate(job: Job) -> None:
 
 def health(job: Job) -> None:
     """Every probe but the front door's must succeed."""
-    judging.wait_healthy(job.node.settings.gate_seconds, behind_door=job.journal.with_data)
+    judging.wait_healthy(job.node.settings.gate_seconds, behind_door=job.journal.with_data or job.in_boot)
 
 
 def commit(job: Job) -> None:
@@ -137,7 +137,7 @@ def open_door(job: Job) -> None:
     Raises Shut where the door does not open, Failed where it opens and is not healthy.
     """
     begun = job.journal
-    if not begun.with_data:
+    if not begun.with_data and not job.in_boot:
         return
     job.journal = begun._replace(opened=True)
     journal.write(job.root, job.journal)
