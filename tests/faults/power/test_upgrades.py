@@ -78,14 +78,16 @@ def test_the_whole_promise_was_looked_at(recorded: Recorded) -> None:
 
 
 def expected(step: Step, recorded: Recorded, cut: Cut, look: Look) -> Expected:
-    ended = look.choice.release == step.states[-1].release
     offset = recorded.entries[cut.position - 1].end if cut.position else 0
-    rows = recorded.recording.rows_at(offset, step.name, ended=ended)
-    if look.tried:
-        return Expected(frozenset({look.choice.release, look.tried.release}), frozenset(rows))
+
+    def rows(release: str) -> frozenset[str]:
+        ended = release == step.states[-1].release
+        return frozenset(recorded.recording.rows_at(offset, step.name, ended=ended))
+
+    releases = {look.choice.release, *([look.tried.release] if look.tried else [])}
     early = boots.is_early(cut, recorded.findings[step.name])
     again: Sequence[str] = ()
     goal = ""
-    if MODE.again and step.bundle[0] and step.outcome == "committed" and early:
+    if MODE.again and not look.tried and step.bundle[0] and step.outcome == "committed" and early:
         again, goal = step.command(), step.states[-1].release
-    return Expected(frozenset({look.choice.release}), frozenset(rows), again, goal)
+    return Expected({release: rows(release) for release in releases}, again, goal)
