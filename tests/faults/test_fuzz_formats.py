@@ -158,7 +158,9 @@ def everything(path: str, sample: Sample) -> None:
         bundle.check_fit(opened.info, sample.old.manifest, {sample.old.digest: "1.0"})
         opened.manifest(sample.old.content)
         for part in opened.info.parts[1:]:
-            opened.extract(part, lambda digest: str(sample.old.files.get(digest, "/dev/null")), io.BytesIO())
+            out = io.BytesIO()
+            opened.extract(part, lambda digest: str(sample.old.files.get(digest, "/dev/null")), out)
+            assert sha256(out.getvalue()).hexdigest() == part.digest
 
 
 @given(st.data())
@@ -182,14 +184,17 @@ def test_a_bundle_whose_signed_header_is_bent_is_refused_or_read(sample: Sample,
 
 @given(st.data())
 @FEW
-def test_a_bundle_whose_signed_content_is_spoiled_is_refused(sample: Sample, data: st.DataObject) -> None:
+def test_a_bundle_whose_signed_content_is_spoiled_is_refused_or_makes_the_same_files(
+    sample: Sample, data: st.DataObject
+) -> None:
+    """The same, as when a bit changed that says how much memory unpacking may take."""
     payload = data.draw(spoiled(sample.payload))
     if payload == sample.payload:
         return
     header = json.loads(json.dumps(sample.header))
     header["payload"] = {"size": len(payload), "sha256": sha256(payload).hexdigest()}
     header["parts"][-1]["packed"] += len(payload) - len(sample.payload)
-    with pytest.raises(Refusal):
+    with suppress(Refusal):
         everything(sample.write(signed.seal(bundle.MAGIC, header, SIGNER) + payload), sample)
 
 
