@@ -51,6 +51,7 @@ examples: samepage-upgrade-node                         the channel's newest rel
           samepage-upgrade-node plan https://example.org/samepage-1.0-to-1.1.bundle
           samepage-upgrade-node rollback --data=keep"""
 _POLL = 0.04  # seconds
+_ENDING = 10.0  # seconds that a process may take to end
 
 
 class UsageError(Exception):
@@ -191,8 +192,7 @@ def _relay(request: Request, options: argparse.Namespace) -> dict[str, Any]:
     """Have the request carried out; what comes at the end. Ctrl-C calls it off as long as nothing has happened."""
     from appliance.node.upgrade.services import ServiceError, systemctl
 
-    if _unit_runs():
-        raise Busy("another upgrade is running")
+    _wait_for_turn()
     with open(REQUEST + ".new", "wb") as file:
         file.write(dump_request(request))
     os.replace(REQUEST + ".new", REQUEST)
@@ -231,6 +231,23 @@ def _relay(request: Request, options: argparse.Namespace) -> dict[str, Any]:
         "status": FAILED, "outcome": "failed", "reason": "died", "message": "the upgrade's process was ended",
         "hint": "samepage-upgrade-node status says what it left; journalctl -u samepage-upgrade says more",
     }  # fmt: skip
+
+
+def _wait_for_turn() -> None:
+    """Raise Busy where an upgrade runs; one that has said its last word is given the moment that its process takes."""
+    deadline = time.monotonic() + _ENDING
+    while _unit_runs():
+        if not _has_ended() or time.monotonic() > deadline:
+            raise Busy("another upgrade is running")
+        time.sleep(_POLL)
+
+
+def _has_ended() -> bool:
+    try:
+        with open(EVENTS, "rb") as events:
+            return bool(json.loads(events.read().splitlines()[-1]).get("state") == "end")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return False
 
 
 def _unit_runs() -> bool:
