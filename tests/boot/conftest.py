@@ -81,7 +81,7 @@ def end_of_boot(node: Node, boot: str) -> None:
 Start = Callable[..., Node]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def iso(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ISO in SAMEPAGE_ISO, so that a finished image can be tested; otherwise this checkout's."""
     if finished := os.environ.get("SAMEPAGE_ISO"):
@@ -89,7 +89,7 @@ def iso(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_iso(Options(PROJECT, output=tmp_path_factory.mktemp("dist")), Console("none")).artifact.path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def _machines() -> Iterator[Start]:
     """Starts virtual machines; all are gone at the end. `extra` are QEMU's words, `backing` a disk with content."""
     started: list[Node] = []
@@ -118,7 +118,7 @@ def stop(node: Node) -> None:
     shutil.rmtree(node.instance.folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def machines(_machines: Start) -> Start:
     return _machines
 
@@ -150,7 +150,7 @@ CREDENTIAL = "samepage.test"  # on the config drive of `node`
 CREDENTIAL_VALUE = b"from the drive\n"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def config_drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FAT disk that carries one credential."""
     folder = tmp_path_factory.mktemp("config")
@@ -162,7 +162,7 @@ def config_drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return image
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def node(iso: Path, machines: Start, config_drive: Path) -> Node:
     """Installed from the CD's menu under BIOS, restarted by the installer, started from its disk."""
     drive = ["-drive", f"if=none,id=config,format=raw,file={config_drive}", "-device", "virtio-blk-pci,drive=config"]
@@ -175,7 +175,7 @@ def node(iso: Path, machines: Start, config_drive: Path) -> Node:
     return made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def disk_with_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A disk that holds a file system of somebody's."""
     folder = tmp_path_factory.mktemp("data")
@@ -197,7 +197,7 @@ def direct(iso: Path, folder: Path, words: str) -> list[str]:
 NICS = ("e1000", "e1000e", "pcnet", "vmxnet3")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def second(iso: Path, machines: Start, disk_with_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Node:
     """Installed by kernel command line over a disk with data, then started under UEFI with all usual network cards."""
     folder = tmp_path_factory.mktemp("second")

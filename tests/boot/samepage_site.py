@@ -139,7 +139,7 @@ def wait_for(look: Callable[[], T | None], seconds: float = TIMEOUT) -> T:
         time.sleep(0.5)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def site(request: pytest.FixtureRequest) -> Site:
     url = os.environ.get("SAMEPAGE_URL", "")
     if not url:
@@ -153,7 +153,7 @@ def site(request: pytest.FixtureRequest) -> Site:
     return Site(url, run)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def clients() -> dict[str, Client]:
     return {}
 
