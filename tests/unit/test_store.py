@@ -158,7 +158,7 @@ def test_threads_of_one_build_do_not_deadlock(store: Store) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert len(places) == 6
     assert len(set(places)) == 2
 
