@@ -179,9 +179,7 @@ class Store:
         for place in (self.root / "steps").glob(f"{only}/*"):
             if place.suffix == ".json":
                 continue
-            record = _record(place)
-            used = record.stat().st_mtime if record.exists() else 0.0
-            found.append(Result(place.parent.name, place, used, disk_usage(place)))
+            found.append(Result(place.parent.name, place, _last_use(place), disk_usage(place)))
         return sorted(found, key=lambda result: result.used)
 
     def clean(self, *, keep_days: float | None = None, only: str = "*") -> int:
@@ -190,13 +188,16 @@ class Store:
         What is being built stays.
         """
         freed = 0
+        oldest = time.time() - (keep_days or 0) * 86400
         for result in self.results(only):
-            if keep_days is not None and (result.leftover or result.used > time.time() - keep_days * 86400):
+            if keep_days is not None and (result.leftover or result.used > oldest):
                 continue
             with self.locked(
                 f"{result.name}-{result.place.name.partition('.')[0]}",
                 f"waiting for a build that makes {result.name}",
             ):
+                if keep_days is not None and _last_use(result.place) > oldest:  # it was being made just then
+                    continue
                 _record(result.place).unlink(missing_ok=True)
                 remove(result.place)
                 freed += result.size
@@ -230,6 +231,14 @@ def remove(path: Path) -> None:
         with suppress(PermissionError):  # another user's, and empty
             Path(folder).chmod(0o700)
     shutil.rmtree(path)
+
+
+def _last_use(place: Path) -> float:
+    """When a result was used last, in seconds; 0 for one that is not finished."""
+    try:
+        return _record(place).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def disk_usage(path: Path) -> int:

@@ -13,8 +13,11 @@ from tests.trees import VALID, write_tree
 GOLDEN = Path(__file__).parent / "golden"
 Golden = Callable[[str, str], None]
 
-hypothesis.settings.register_profile("slow-machines", deadline=None)
-hypothesis.settings.load_profile("slow-machines")
+# No deadline, for slow machines. The same examples in every run, so that a test fails because of a change and not of a
+# draw; `--hypothesis-profile=random` looks for others.
+hypothesis.settings.register_profile("random", deadline=None)
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -163,6 +163,24 @@ def test_threads_of_one_build_do_not_deadlock(store: Store) -> None:
     assert len(set(places)) == 2
 
 
+def test_a_result_that_is_made_just_then_is_not_cleaned_away(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder has its name already, and its record, which says when it was used, is not there yet."""
+    write, cleaners = storing._write_whole, list[threading.Thread]()
+
+    def slowly(file: Path, text: str) -> None:
+        if not cleaners:
+            cleaners.append(threading.Thread(target=store.clean, kwargs={"keep_days": 7}))
+            cleaners[0].start()
+            time.sleep(0.2)  # it has found the folder, and waits for the lock
+        write(file, text)
+
+    monkeypatch.setattr(storing, "_write_whole", slowly)
+    place = store.step("s", {"n": "1"}, writes("x"))
+    cleaners[0].join(60)
+    assert (place / "result").read_text() == "x"
+    assert store.has("s", {"n": "1"})
+
+
 def test_an_unwritable_cache_is_an_error_with_a_hint(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HostError, match="cannot write the cache") as caught:
