@@ -5,6 +5,8 @@ A refusal leaves the node as it was. `reason` is its name for programs, `status`
 
 from __future__ import annotations
 
+from typing import Any
+
 FAILED = 1
 REFUSED = 3
 LOCKED = 6
@@ -13,6 +15,7 @@ LOCKED = 6
 class Ending(Exception):
     """Why something is not done: the message says why, `hint` what can be done, `reason` is its name for programs."""
 
+    outcome = "failed"
     reason = "failed"
     status = FAILED
     hint = ""
@@ -25,10 +28,18 @@ class Ending(Exception):
     def __str__(self) -> str:
         return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
 
+    def result(self) -> dict[str, Any]:
+        """How a run that this ended is told, by the service and by the command line."""
+        return {
+            "status": self.status, "outcome": self.outcome, "reason": self.reason, "message": self.message,
+            "hint": self.hint,
+        }  # fmt: skip
+
 
 class Refusal(Ending):
     """The upgrade is refused."""
 
+    outcome = "refused"
     reason = "refused"
     status = REFUSED
 
@@ -130,6 +141,7 @@ class NoRoom(Refusal):
 class Busy(Refusal):
     """Another upgrade runs."""
 
+    outcome = "locked"
     reason = "locked"
     status = LOCKED
     hint = "wait for it; samepage-upgrade-node status shows how far it is"

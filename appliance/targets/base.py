@@ -290,13 +290,19 @@ def wait_healthy(
     def left() -> float:
         return deadline - (time.monotonic() - started)
 
+    def ended() -> str:
+        runs = target.state(instance) == "running"
+        return "" if runs else f"{target.how_it_ended(instance)} while it started"
+
+    def failure(what: str) -> NodeError:
+        return NodeError(f"the node {instance.name!r} {what}\n{tail(instance.console_log)}", hint=LOGS_HINT)
+
     while not target.reachable(instance):
         tick(deadline - left())
-        end = target.state(instance) != "running" and f"{target.how_it_ended(instance)} while it started"
         halt = stopped(instance.console_log) and "stopped while it started"
         late = left() <= 0 and f"could not be reached within {deadline:.0f} s"
-        if what := end or halt or late:
-            raise NodeError(f"the node {instance.name!r} {what}\n{tail(instance.console_log)}", hint=LOGS_HINT)
+        if what := ended() or halt or late:
+            raise failure(what)
         time.sleep(pause)
     while left() > 0:
         slice_ = max(1, min(20, int(left())))
@@ -311,9 +317,8 @@ def wait_healthy(
                 f"on {instance.name!r} units failed ({units.removeprefix('failed: ')})\n{_indent(journal)}",
                 hint=LOGS_HINT,
             )
-        if target.state(instance) != "running":
-            how = f"{target.how_it_ended(instance)} while it started"
-            raise NodeError(f"the node {instance.name!r} {how}\n{tail(instance.console_log)}", hint=LOGS_HINT)
+        if what := ended():
+            raise failure(what)
     raise NodeError(
         f"the node {instance.name!r} was not healthy within {deadline:.0f} s\n{_indent(text)}", hint=LOGS_HINT
     )

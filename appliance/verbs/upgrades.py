@@ -131,7 +131,6 @@ def _releases(
 
 
 def _show(session: Session, path: Path, key: Path | None, as_json: bool) -> None:
-
     from appliance.bundle import describe, unchanged
     from appliance.errors import ApplianceError
     from appliance.node.bundle import open_bundle

@@ -21,7 +21,6 @@ from appliance.node.upgrade.request import (
     ASKING,
     EVENTS,
     FAILED,
-    LOCKED,
     NOTHING,
     REQUEST,
     STATES,
@@ -112,7 +111,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(verb, options)
     except Refusal as refusal:
-        return show(_refused(refusal), options)
+        return show(refusal.result(), options)
     except BrokenPipeError:
         return FAILED
     except OSError as error:
@@ -133,13 +132,6 @@ def check(verb: str, options: argparse.Namespace) -> None:
             os.fstat(options.progress_fd)
         except OSError as error:
             raise UsageError(f"--progress-fd {options.progress_fd}: {error.strerror}") from error
-
-
-def _refused(refusal: Refusal) -> dict[str, Any]:
-    return {
-        "status": refusal.status, "outcome": "locked" if refusal.status == LOCKED else "refused",
-        "reason": refusal.reason, "message": refusal.message, "hint": refusal.hint,
-    }  # fmt: skip
 
 
 def _dispatch(verb: str, options: argparse.Namespace) -> int:

@@ -60,13 +60,17 @@ class Journal(NamedTuple):
     def at(self, state: str) -> Journal:
         return self._replace(state=state)
 
+    def facts(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {**self._asdict(), "units": dict(self.units)}
+
     @property
     def committed(self) -> bool:
         return self.state == "open"
 
 
 def dump(journal: Journal) -> bytes:
-    return (json.dumps(journal._asdict() | {"units": dict(journal.units)}, sort_keys=True, indent=1) + "\n").encode()
+    return (json.dumps(journal.facts(), sort_keys=True, indent=1) + "\n").encode()
 
 
 def parse(content: bytes) -> Journal:
@@ -83,7 +87,7 @@ def parse(content: bytes) -> Journal:
         if name in value and type(value[name]) is not kind:
             raise JournalError(f"the journal: {name} is no {kind.__name__}")
     try:
-        journal = Journal(**{"units": {}, **value})
+        journal = Journal(**value)
     except TypeError as error:
         raise JournalError(f"the journal lacks a key: {error}") from error
     _check(journal)

@@ -27,9 +27,7 @@ def answer(verb: str, options: argparse.Namespace) -> Answer:
     try:
         return VERBS[verb](look(), options)
     except FetchError as error:
-        return {
-            "status": FAILED, "outcome": "failed", "reason": error.reason, "message": error.message, "hint": error.hint
-        }  # fmt: skip
+        return error.result()
     except ServiceError as error:
         return {"status": FAILED, "outcome": "failed", "reason": "failed", "message": str(error)}
     except journal.JournalError as error:
@@ -107,7 +105,7 @@ def status(node: Node, _options: argparse.Namespace) -> Answer:
         "release": node.running.id, "version": node.running.manifest.version, "digest": node.running.digest,
         "layout": node.running.manifest.layout, "data": node.data, "previous": before,
         "layers": node.layers(node.running),
-        "kernel": node.running.manifest.kernel.id, "unfinished": begun._asdict() if begun else None, "last": last,
+        "kernel": node.running.manifest.kernel.id, "unfinished": begun.facts() if begun else None, "last": last,
         "releases": {one.id: {"digest": one.digest, "data": one.data} for one in node.held.values()},
         "next_boot": {"release": choice.release, "data": choice.data} if choice else None,
     }  # fmt: skip

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from appliance.node.refusals import FAILED as FAILED
+from appliance.node.refusals import LOCKED as LOCKED
+from appliance.node.refusals import REFUSED as REFUSED
 from appliance.node.refusals import Busy
 
 FOLDER = "/run/samepage/upgrade"
@@ -20,7 +23,7 @@ ASKING, WORKING = f"{FOLDER}/front.lock", f"{FOLDER}/lock"  # held by the comman
 UNIT = "samepage-upgrade.service"
 STATES = ("stage", "plan", "hold", "snapshot", "switch", "migrate", "health", "commit", "open")
 APPLY = ("auto", "live", "soft-reboot", "reboot")
-COMMITTED, FAILED, NOTHING, REFUSED, RESTART, ROLLED_BACK, LOCKED, USAGE = 0, 1, 2, 3, 4, 5, 6, 64
+COMMITTED, NOTHING, RESTART, ROLLED_BACK, USAGE = 0, 2, 4, 5, 64
 STATUSES = {
     "committed": COMMITTED, "stopped": COMMITTED, "planned": COMMITTED, "downloaded": COMMITTED, "failed": FAILED,
     "nothing": NOTHING, "refused": REFUSED, "staged": RESTART, "restarting": RESTART, "rolled-back": ROLLED_BACK,

@@ -22,7 +22,6 @@ from appliance.node.upgrade.node import INCOMING, STATE, Node, look
 from appliance.node.upgrade.request import (
     EVENTS,
     FAILED,
-    LOCKED,
     REQUEST,
     STATUSES,
     WORKING,
@@ -156,10 +155,7 @@ def answer(reporter: Reporter) -> dict[str, Any]:
             request = parse_request(records.read_small(REQUEST, 1 << 20) or b"")
             return carry_out(request, reporter)
     except Refusal as refusal:
-        return {
-            "status": refusal.status, "outcome": "locked" if refusal.status == LOCKED else "refused",
-            "reason": refusal.reason, "message": refusal.message, "hint": refusal.hint,
-        }  # fmt: skip
+        return refusal.result()
     except Cancelled:
         return {"status": FAILED, "outcome": "failed", "reason": "cancelled", "message": "cancelled: nothing changed"}
     except (OSError, ValueError, FetchError, Failed, ServiceError) as error:

@@ -89,11 +89,12 @@ class Spool:
         if self._ends_torn():
             time.sleep(MIDST)
             if self._ends_torn():  # still: by a power cut, and not by another writer in the midst of its line
-                self._size += os.write(self._descriptor, b"\n")
+                os.write(self._descriptor, b"\n")
+        self._size = os.fstat(self._descriptor).st_size
 
     def _ends_torn(self) -> bool:
-        self._size = os.fstat(self._descriptor).st_size
-        return self._size > 0 and os.pread(self._descriptor, 1, self._size - 1) != b"\n"
+        size = os.fstat(self._descriptor).st_size
+        return size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
 
     def _rotate(self) -> None:
         self.close()
