@@ -23,7 +23,8 @@ from appliance import cpio, erofs
 from appliance.delta_program import Piece, Program, fresh
 from appliance.erofs import BLOCK, INODE_ALIGNMENT, Range
 from appliance.node import delta as format_
-from appliance.shift import Change, changes
+from appliance.node.lines import shifted
+from appliance.shift import Change, changes, pack_frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,9 @@ def _placed(new: Sequence[Range], source: int, old: Sequence[Range], made: Itera
     for change in made:
         if change.kind == format_.PATCH:
             (where,), (origin,) = _cut(new, at, change.size), _cut(old, change.start, change.old)
-            yield Piece(where.offset, change.size, change.kind, source, origin.offset, change.payload, change.old)
+            yield Piece(
+                where.offset, change.size, change.kind, source, origin.offset, change.payload, change.old, change.shifts
+            )
             at += change.size
             continue
         done = 0
@@ -290,19 +293,50 @@ def make(new: Path, sources: Sequence[Path], *, workers: int | None = None) -> b
     with ExitStack() as stack:
         plan = open_plan(new, stack)
         olds = [open_plan(path, stack) for path in sources]
-        pieces = sorted(_pieces(plan, olds, workers or os.cpu_count() or 1), key=lambda piece: piece.offset)
+        workers = workers or os.cpu_count() or 1
+        pieces = list(_in_order(_pieces(plan, olds, workers)))
+        frames = _frames(pieces, olds, workers)
         program = Program(len(olds))
         at = 0
         for piece in pieces:
-            if piece.offset < at:  # two names of one inode
-                continue
             for part in fresh(plan.content, at, piece.offset):
                 program.put(part)
+            if piece.offset in frames:
+                program.open(*frames[piece.offset])
             program.put(piece)
             at = piece.offset + piece.size
         for part in fresh(plan.content, at, len(plan.content)):
             program.put(part)
         return program.pack()
+
+
+def _in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    at = 0
+    for piece in sorted(pieces, key=lambda piece: piece.offset):
+        if piece.offset >= at:  # else it is of another name of the same inode
+            yield piece
+            at = piece.offset + piece.size
+
+
+def _frames(pieces: Sequence[Piece], olds: Sequence[Plan], workers: int) -> dict[int, tuple[list[Piece], bytes]]:
+    """What the frames hold, and the frames, by the place of their first piece. Neighbours share one: they are alike."""
+    groups: list[list[Piece]] = []
+    room = [0, 0]
+    for piece in pieces:
+        if piece.kind == format_.PATCH:
+            room = [room[0] - piece.size, room[1] - piece.old]
+            if min(room) < 0:
+                groups.append([])
+                room = [format_.FRAME_LIMIT - piece.size, format_.FRAME_LIMIT - piece.old]
+            groups[-1].append(piece)
+
+    def packed(group: list[Piece]) -> bytes:
+        known = (shifted(olds[one.source].content[one.start : one.start + one.old], one.shifts) for one in group)
+        return pack_frame(b"".join(one.payload for one in group), b"".join(known))
+
+    with ThreadPoolExecutor(workers) as pool:
+        made = pool.map(packed, groups)
+        return {group[0].offset: (group, frame) for group, frame in zip(groups, made, strict=True)}
 
 
 def make_small(new: bytes, old: bytes | None) -> bytes:

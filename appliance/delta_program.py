@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import zstandard
 
 from appliance.node import delta as format_
+from appliance.node.lines import Shift
 
 _LEVEL = 19
 _SMALL = 1 << 20  # new bytes are looked at in parts of this size
+_SOURCED = (format_.COPY, format_.ADD, format_.WORDS)
 _UNIT = {format_.COPY: 1, format_.ADD: 1, format_.WORDS: 4}  # only the end of an operation may break it
 _QUIET = re.compile(rb"\0{32,}")
 _LARGE = 256 << 20  # a stream of this size is compressed by two threads and less hard
@@ -28,7 +30,8 @@ class Piece:
     source: int = 0
     start: int = 0
     payload: bytes = b""
-    old: int = 0  # PATCH: size of the dictionary
+    old: int = 0  # PATCH: how many old bytes go into the frame's dictionary
+    shifts: tuple[Shift, ...] = ()  # PATCH: of lines in these bytes
 
 
 @dataclass(slots=True)
@@ -39,9 +42,11 @@ class Program:
     ops: bytearray = field(default_factory=bytearray)
     streams: dict[int, bytearray] = field(
         default_factory=lambda: {
-            kind: bytearray() for kind in (format_.ADD, format_.WORDS, format_.LITERAL, format_.PATCH)
+            kind: bytearray() for kind in (format_.ADD, format_.WORDS, format_.LITERAL)
         }
     )
+    frames: bytearray = field(default_factory=bytearray)
+    opened: int = 0  # size of a frame that no operation has opened yet
     chosen: int = 0
     ends: list[int] = field(default_factory=list)
     last: Piece | None = None
@@ -53,8 +58,8 @@ class Program:
         if piece.kind in self.streams:
             self.streams[piece.kind] += piece.payload
         last = self.last
-        if last and last.kind == piece.kind != format_.PATCH and (
-            piece.kind in (format_.LITERAL, format_.ZERO)
+        if last and last.kind == piece.kind and (
+            piece.kind not in _SOURCED
             or (last.source, last.start + last.size, last.size % _UNIT[piece.kind]) == (piece.source, piece.start, 0)
         ):  # fmt: skip
             self.last = Piece(last.offset, last.size + piece.size, last.kind, last.source, last.start)
@@ -66,25 +71,41 @@ class Program:
         piece, self.last = self.last, None
         if piece is None:
             return
-        sourced = piece.kind not in (format_.LITERAL, format_.ZERO)
-        if sourced and piece.source != self.chosen:
-            format_.put_number(self.ops, piece.source << 3 | format_.SOURCE)
-            self.chosen = piece.source
+        if piece.kind in _SOURCED:
+            self._from(piece.kind, piece.size, piece.source, piece.start)
+            return
         format_.put_number(self.ops, piece.size << 3 | piece.kind)
-        if sourced:
-            format_.put_signed(self.ops, piece.start - self.ends[piece.source])
-            self.ends[piece.source] = piece.start + piece.size
-        if piece.kind == format_.PATCH:
-            format_.put_number(self.ops, len(piece.payload))
-            format_.put_number(self.ops, piece.old)
-            self.ends[piece.source] = piece.start + piece.old
+        if piece.kind == format_.PATCH and self.opened:
+            format_.put_number(self.ops, self.opened)
+            self.opened = 0
+
+    def _from(self, kind: int, size: int, source: int, start: int) -> None:
+        if source != self.chosen:
+            format_.put_number(self.ops, source << 3 | format_.SOURCE)
+            self.chosen = source
+        format_.put_number(self.ops, size << 3 | kind)
+        format_.put_signed(self.ops, start - self.ends[source])
+        self.ends[source] = start + size
+
+    def open(self, pieces: Sequence[Piece], frame: bytes) -> None:
+        """The coming pieces of kind PATCH share a frame; the old bytes of all are its dictionary."""
+        self.flush()
+        for piece in pieces:
+            self._from(format_.KNOWN, piece.old, piece.source, piece.start)
+            format_.put_number(self.ops, len(piece.shifts))
+            line = 0
+            for shift in piece.shifts:
+                format_.put_number(self.ops, shift.line - line)
+                format_.put_signed(self.ops, shift.by)
+                line = shift.line
+        self.frames += frame
+        self.opened = len(frame)
 
     def pack(self) -> bytes:
         self.flush()
-        format_.put_number(self.ops, format_.END)
         runs = [self.ops, *(self.streams[kind] for kind in (format_.ADD, format_.WORDS, format_.LITERAL))]
         packed = [compress(bytes(run), window) for run, window in zip(runs, format_.WINDOW_LOGS, strict=True)]
-        packed.append(bytes(self.streams[format_.PATCH]))
+        packed.append(bytes(self.frames))
         head = bytearray()
         for run in packed:
             format_.put_number(head, len(run))

@@ -1,8 +1,8 @@
 """How one file becomes another: runs of old bytes, some of them shifted by small differences, and new bytes.
 
 Several encoders try; the one whose result is smallest once compressed wins. Programs and modules do best with
-differences (an address that moved differs by the same number everywhere), texts with a frame that has the old text as
-its dictionary.
+differences (an address that moved differs by the same number everywhere), texts and compiled modules with a frame that
+has the old bytes as its dictionary.
 """
 
 from __future__ import annotations
@@ -11,29 +11,36 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 import zstandard
 from bsdiff4 import core
 
-from appliance.node.delta import ADD, COPY, LITERAL, PATCH, PATCH_LIMIT
+from appliance.node.delta import ADD, COPY, FRAME_LIMIT, LITERAL, PATCH
+from appliance.node.lines import MOST_SHIFTS, Shift, lines, shifted
 
 _WINDOW = 8 << 20  # the suffix sort takes 16 times this
 _PROGRAM = b"\x7fELF"  # differences are always smaller
 _HARD = 19  # level of zstd
 _OPERATION = 3  # bytes, about
 _WORTH_TRYING = 200  # bytes
+_NAME = 24  # bytes in front of a line by which it is known again
 _QUIET = re.compile(rb"\0{1024,}")
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """`size` bytes of the new file. `start`: place in the old one; `payload`: differences, new bytes or a frame."""
+    """`size` bytes of the new file. `start`: place in the old one; `payload`: differences or new bytes.
+
+    Of a PATCH, the first `old` bytes from `start` on, their lines moved by `shifts`, are for the frame's dictionary.
+    """
 
     kind: int
     size: int
     start: int = 0
     payload: bytes = b""
     old: int = 0
+    shifts: tuple[Shift, ...] = ()
 
 
 def changes(new: bytes, old: bytes, whole: bool = False) -> list[Change]:
@@ -44,8 +51,8 @@ def changes(new: bytes, old: bytes, whole: bool = False) -> list[Change]:
     found = [Change(COPY, front, 0)] if front else []
     if middle:
         shifted = _shifted_parts(middle, other, front)
-        framed = whole and 0 < len(other) <= PATCH_LIMIT >= len(middle) and not new.startswith(_PROGRAM)
-        if _cost(shifted, 1) >= len(_packed(middle, level=1)):
+        framed = whole and 0 < len(other) <= FRAME_LIMIT >= len(middle) and not new.startswith(_PROGRAM)
+        if _cost(shifted, 1) >= len(pack_frame(middle, level=1)):
             shifted = [Change(LITERAL, len(middle), payload=middle)]  # compressed content shares nothing
         found += (_framed(middle, other, front, _cost(shifted, _HARD)) if framed else None) or shifted
     if back:
@@ -56,10 +63,11 @@ def changes(new: bytes, old: bytes, whole: bool = False) -> list[Change]:
 def _cost(made: list[Change], level: int) -> int:
     """About how many bytes of a delta the changes take, compressed at a level of zstd."""
     payloads = (b"".join(one.payload for one in made if one.kind == kind) for kind in (ADD, LITERAL))
-    return sum(len(_packed(payload, level=level)) for payload in payloads if payload) + _OPERATION * len(made)
+    return sum(len(pack_frame(payload, level=level)) for payload in payloads if payload) + _OPERATION * len(made)
 
 
-def _packed(content: bytes, dictionary: bytes = b"", level: int = _HARD) -> bytes:
+def pack_frame(content: bytes, dictionary: bytes = b"", level: int = _HARD) -> bytes:
+    """A zstd frame that names its size."""
     parameters = zstandard.ZstdCompressionParameters.from_level(
         level, source_size=len(content) + len(dictionary), write_content_size=True, write_checksum=False
     )
@@ -71,8 +79,27 @@ def _framed(new: bytes, old: bytes, start: int, limit: int) -> list[Change] | No
     """A frame with the old bytes as its dictionary, if it is smaller than `limit`."""
     if limit < _WORTH_TRYING:
         return None
-    frame = _packed(new, old)
-    return [Change(PATCH, len(new), start, frame, len(old))] if len(frame) + 4 * _OPERATION < limit else None
+    shifts = line_shifts(new, old)
+    frame = pack_frame(new, shifted(old, shifts))
+    if len(frame) + 4 * _OPERATION >= limit:
+        return None
+    return [Change(PATCH, len(new), start, new, len(old), shifts)]
+
+
+def line_shifts(new: bytes, old: bytes) -> tuple[Shift, ...]:
+    """How the lines of a compiled module's functions moved, by the functions in both."""
+    sides = [[(module[max(0, at - _NAME) : at], line) for at, line in lines(module)] for module in (old, new)]
+    names = [[name for name, _ in side] for side in sides]
+    moved: dict[int, int] = {}
+    for a, b, size in SequenceMatcher(None, names[0], names[1], autojunk=False).get_matching_blocks():
+        for (_, was), (_, now) in zip(sides[0][a : a + size], sides[1][b : b + size], strict=True):
+            moved.setdefault(was, now - was)
+    shifts, last = [], 0
+    for line, by in sorted(moved.items()):
+        if by != last:
+            shifts.append(Shift(line, by))
+            last = by
+    return tuple(shifts[:MOST_SHIFTS])
 
 
 def _common(a: bytes, b: bytes) -> int:

@@ -6,7 +6,7 @@ A delta is five runs of bytes, whose sizes stand in front of it as five varints 
     bytes    zstd  differences of single bytes
     words    zstd  differences of 32-bit little-endian words
     literals zstd  new bytes
-    frames   -     one zstd frame per PATCH, compressed with the old bytes as its dictionary
+    frames   -     zstd frames, each compressed with old bytes as its dictionary
 
 An operation is a varint `size << 3 | kind` and, where it reads an old file, a signed varint (its lowest bit is the
 sign): how far its place lies from where the last one ended in the same file. Operations make the new file in order:
@@ -14,12 +14,13 @@ sign): how far its place lies from where the last one ended in the same file. Op
     COPY     `size` old bytes              ADD    old bytes plus differences of bytes
     LITERAL  `size` new bytes              WORDS  old words plus differences of words; `size` is in bytes,
                                                   and bytes left over at its end are added singly
-    ZERO     `size` zero bytes             PATCH  `size` bytes of a frame; its two further varints: the frame's size and
-    SOURCE   now read old file no. `size`         the number of old bytes that are its dictionary
-    END      no more
+    ZERO     `size` zero bytes             KNOWN  `size` old bytes are the next of the coming frame's dictionary; then
+    SOURCE   now read old file no. `size`         the number of line shifts and the shifts, see `lines.py`: varints
+    PATCH    `size` bytes of the frame            of lines since the last one, and signed varints
+             that is open; when all of its bytes are taken, the next one opens, and its size is a further varint
 
 The file that is being made is one more source, behind the old ones. Memory is bounded whatever a delta says: the
-streams' windows are limited, a PATCH has at most PATCH_LIMIT old and new bytes, and everything else is moved in small
+streams' windows are limited, a frame has at most FRAME_LIMIT old and new bytes, and everything else is moved in small
 pieces.
 """
 
@@ -32,10 +33,12 @@ from typing import IO, cast
 
 import zstandard
 
-COPY, ADD, WORDS, LITERAL, ZERO, SOURCE, PATCH, END = range(8)
+from appliance.node.lines import MOST_SHIFTS, Shift, shifted
+
+COPY, ADD, WORDS, LITERAL, ZERO, SOURCE, PATCH, KNOWN = range(8)
 RUNS = 5
 WINDOW_LOGS = (20, 21, 20, 22)  # how far ops, bytes, words and literals may reach back: 1 to 4 MiB
-PATCH_LIMIT = 1 << 21  # bytes of the dictionary and of the result of a PATCH
+FRAME_LIMIT = 1 << 21  # bytes of the dictionary and of the content of a frame
 _PIECE = 1 << 18
 _ADD_PIECE = 1 << 14  # small, so that pieces without a difference are common
 _ZEROS = bytes(_PIECE)
@@ -98,6 +101,10 @@ class _Stream:
             found += more
         return found
 
+    def some(self) -> bytes:
+        """The next bytes, however many; none at the end."""
+        return b"" if self._empty else self._reader.read(1 << 14)
+
     def at_end(self) -> bool:
         return self._empty or not self._reader.read(1)
 
@@ -114,8 +121,8 @@ class _Varints:
         """The next unsigned number. Raises DeltaError where it is longer than 63 bits or cut off."""
         value = shift = 0
         while True:
-            if self._at == len(self._buffer):
-                self._buffer, self._at = self._fill(), 0
+            if self.at_end():
+                raise DeltaError("the operations of the delta end early")
             byte = self._buffer[self._at]
             self._at += 1
             value |= (byte & 127) << shift
@@ -130,14 +137,9 @@ class _Varints:
         return value >> 1 if not value & 1 else -(value >> 1) - 1
 
     def at_end(self) -> bool:
-        return self._at == len(self._buffer) and self._stream.at_end()
-
-    def _fill(self) -> bytes:
-        reader = self._stream._reader
-        found = b"" if self._stream._empty else reader.read(1 << 14)
-        if not found:
-            raise DeltaError("the operations of the delta end early")
-        return found
+        if self._at == len(self._buffer):
+            self._buffer, self._at = self._stream.some(), 0
+        return not self._buffer
 
 
 def put_number(out: bytearray, value: int) -> None:
@@ -170,6 +172,45 @@ def add(old: bytes, difference: bytes, unit: int) -> bytes:
     whole = size - size % unit
     summed = _add(old[:whole], difference[:whole], (1 << 8 * whole) - 1, unit)
     return summed + add(old[whole:], difference[whole:], 1) if whole < size else summed
+
+
+class _Frames:
+    """The frames, one after the other; of each, its dictionary is known before its first byte is taken."""
+
+    def __init__(self, source: Slice) -> None:
+        self._source, self._at = source, 0
+        self._known = bytearray()
+        self._content, self._taken = b"", 0
+
+    def know(self, old: bytes) -> None:
+        self._known += old
+
+    def room(self) -> int:
+        """How many more bytes the dictionary may have."""
+        return FRAME_LIMIT - len(self._known)
+
+    def used(self) -> bool:
+        """All bytes of the frame that is open are taken."""
+        return self._taken == len(self._content)
+
+    def open(self, size: int) -> None:
+        """Open the next frame, of `size` bytes. Raises DeltaError."""
+        if size > 2 * FRAME_LIMIT:
+            raise DeltaError("a frame of the delta is larger than allowed")
+        self._content = b""
+        self._content = unpacked(self._source.read_at(self._at, size), bytes(self._known))
+        self._at, self._taken = self._at + size, 0
+        self._known.clear()
+
+    def take(self, size: int) -> bytes:
+        found = self._content[self._taken : self._taken + size]
+        if len(found) < size:
+            raise DeltaError("a frame of the delta ends early")
+        self._taken += size
+        return found
+
+    def at_end(self) -> bool:
+        return self.used() and not self._known and self._at == self._source.size
 
 
 class _Writer:
@@ -244,20 +285,30 @@ def _run(delta: Slice, sources: Sequence[Slice], writer: _Writer, digest: str) -
     if at != delta.size:
         raise DeltaError("the delta's parts do not fill it")
     ops, bytes_, words, literals = (_Stream(*one) for one in zip(runs, WINDOW_LOGS, strict=False))
-    numbers, frames, frame_at = _Varints(ops), runs[4], 0
+    numbers, frames = _Varints(ops), _Frames(runs[4])
     readable: list[Slice | _Writer] = [*sources, writer]
     chosen, ends = 0, [0] * len(readable)
-    while True:
+    while not numbers.at_end():
         number = numbers.number()
         kind, size = number & 7, number >> 3
-        if kind == END:
-            break
         if kind == SOURCE:
             chosen = size
             if chosen >= len(readable):
                 raise DeltaError("the delta reads a file that it does not have")
             continue
+        if kind == KNOWN:
+            if size > frames.room():
+                raise DeltaError("a dictionary of the delta is larger than allowed")
+            start = ends[chosen] + numbers.signed()
+            ends[chosen] = start + size
+            frames.know(shifted(readable[chosen].read_at(start, size), _shifts(numbers)))
+            continue
         writer.claim(size)
+        if kind == PATCH:
+            if frames.used():
+                frames.open(numbers.number())
+            writer.write(frames.take(size))
+            continue
         if kind == LITERAL:
             for part in _pieces(size, _PIECE):
                 writer.write(literals.take(part))
@@ -271,27 +322,29 @@ def _run(delta: Slice, sources: Sequence[Slice], writer: _Writer, digest: str) -
             for part in _pieces(size, _PIECE):
                 writer.write(source.read_at(start, part))
                 start += part
-        elif kind in (ADD, WORDS):
+        else:
             stream, unit = (bytes_, 1) if kind == ADD else (words, 4)
             for part in _pieces(size, _ADD_PIECE):
                 writer.write(add(source.read_at(start, part), stream.take(part), unit))
                 start += part
-        else:
-            frame, old = numbers.number(), numbers.number()
-            if max(frame, old, size) > PATCH_LIMIT:
-                raise DeltaError("a patch of the delta is larger than allowed")
-            packed = frames.read_at(frame_at, frame)
-            frame_at += frame
-            writer.write(unpatch(packed, source.read_at(start, old), size))
-            start += old
         ends[chosen] = start
     writer.flush()
-    if not numbers.at_end() or frame_at != frames.size or not all(run.at_end() for run in (bytes_, words, literals)):
+    if not all(run.at_end() for run in (frames, bytes_, words, literals)):
         raise DeltaError("the delta holds more than it uses")
     if writer.done != writer.size:
         raise DeltaError("the delta makes less than it says")
     if writer.digest.hexdigest() != digest:
         raise DeltaError("the rebuilt file has the wrong digest")
+
+
+def _shifts(numbers: _Varints) -> list[Shift]:
+    count, line, found = numbers.number(), 0, []
+    if count > MOST_SHIFTS:
+        raise DeltaError("a dictionary of the delta has more shifts than allowed")
+    for _ in range(count):
+        line += numbers.number()
+        found.append(Shift(line, numbers.signed()))
+    return found
 
 
 def _head(delta: Slice) -> tuple[list[int], int]:
@@ -321,14 +374,14 @@ def _refuse_size() -> Sequence[int]:
     raise DeltaError("an operation of the delta is larger than allowed")
 
 
-def unpatch(frame: bytes, old: bytes, size: int) -> bytes:
-    """The `size` bytes of a frame that was compressed with `old` as its dictionary. Raises DeltaError."""
+def unpacked(frame: bytes, known: bytes) -> bytes:
+    """The content of a frame that was compressed with `known` as its dictionary. Raises DeltaError."""
     parameters = zstandard.get_frame_parameters(frame)
-    if parameters.content_size != size:
-        raise DeltaError("a patch of the delta has the wrong size")
-    dictionary = zstandard.ZstdCompressionDict(old, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
-    machine = zstandard.ZstdDecompressor(dict_data=dictionary, max_window_size=2 * PATCH_LIMIT)
-    found = machine.decompress(frame, max_output_size=size)
-    if len(found) != size:
-        raise DeltaError("a patch of the delta has the wrong size")
+    if parameters.content_size > FRAME_LIMIT:  # which it is, too, where it is not told
+        raise DeltaError("a frame of the delta is larger than allowed")
+    dictionary = zstandard.ZstdCompressionDict(known, dict_type=zstandard.DICT_TYPE_RAWCONTENT) if known else None
+    machine = zstandard.ZstdDecompressor(dict_data=dictionary, max_window_size=2 * FRAME_LIMIT)
+    found = machine.decompress(frame, max_output_size=parameters.content_size)
+    if len(found) != parameters.content_size:
+        raise DeltaError("a frame of the delta has the wrong size")
     return found

@@ -25,7 +25,7 @@ from appliance import bundle as making
 from appliance import delta as deltas
 from appliance.node import bundle, channel, keys, refusals, release, signed
 from appliance.node.channel import BundleEntry, Index, ReleaseEntry
-from appliance.node.delta import END, ZERO, put_number
+from appliance.node.delta import ZERO, put_number
 from appliance.node.keys import KeyFileError
 from appliance.node.refusals import Refusal
 from appliance.node.release import ReleaseError
@@ -486,7 +486,6 @@ def bomb(sample: Sample) -> bytes:
     """A bundle whose manifest is a gigabyte of zeros."""
     out = bytearray()
     put_number(out, (1 << 30) << 3 | ZERO)
-    put_number(out, END)
     ops = zstd(bytes(out))
     head = bytearray()
     for size in (len(ops), 0, 0, 0, 0):

@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,8 @@ from appliance import delta as making
 from appliance import initrd
 from appliance.delta_program import Piece, Program, compress
 from appliance.node import delta
-from appliance.shift import _packed
+from appliance.node.lines import Shift
+from appliance.shift import pack_frame
 from tests.unit.erofs_writer import image
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +127,25 @@ def test_a_text_is_made_with_the_old_one_as_dictionary(tmp_path: Path) -> None:
     assert len(packed) < 0.8 * len(making.make_small(new, None))
 
 
+def test_texts_that_lie_together_share_their_frame(tmp_path: Path) -> None:
+    noise = random.Random(12)
+    words = [noise.randbytes(6).hex() for _ in range(400)]
+    old = {f"/text-{number}": " ".join(noise.choices(words, k=400)).encode() for number in range(9)}
+    paragraph = " ".join(noise.randbytes(6).hex() for _ in range(200)).encode()
+    new = {path: content[:2000] + paragraph + content[2000:] for path, content in old.items()}
+    packed = round_trip(tmp_path, image(new), image(old))
+    assert len(packed) < 2 * len(making.make_small(paragraph, None))
+
+
+def test_frames_are_as_many_as_their_limit_asks_for(tmp_path: Path) -> None:
+    noise = random.Random(13)
+    words = [noise.randbytes(6).hex() for _ in range(50_000)]
+    old = {f"/text-{number}": " ".join(noise.choices(words, k=60_000)).encode() for number in range(4)}
+    new = {path: b"more".join((content[:9000], content[9000:])) for path, content in old.items()}
+    shuffled = {path: content[:5000][::-1] + content[5000:] for path, content in new.items()}
+    round_trip(tmp_path, image(shuffled), image(old))  # 800 KB each: two of them in a frame
+
+
 def test_a_file_that_is_there_twice_comes_once(tmp_path: Path) -> None:
     noise = random.Random(8).randbytes(20_000)
     packed = round_trip(
@@ -219,25 +240,40 @@ def program(*numbers: int, literals: bytes = b"", frames: bytes = b"") -> bytes:
     return bytes(head) + b"".join(runs)
 
 
-COPY, LITERAL, ZERO, SOURCE, PATCH, END = delta.COPY, delta.LITERAL, delta.ZERO, delta.SOURCE, delta.PATCH, delta.END
+COPY, LITERAL, ZERO, SOURCE, PATCH, KNOWN = (
+    delta.COPY, delta.LITERAL, delta.ZERO, delta.SOURCE, delta.PATCH, delta.KNOWN,
+)  # fmt: skip
+FRAME = pack_frame(b"01234567")
+SIZELESS = zstandard.ZstdCompressor(write_content_size=False).compress(b"01234567")
 
 
 @pytest.mark.parametrize(
     ("packed", "message"),
     [
-        (program(), "end early"),
-        (program(5 << 3 | SOURCE, END), "does not have"),
-        (program(1 << 3 | COPY, 100 << 1, END), "outside its file"),
-        (program(1 << 3 | COPY, 3, END), "outside its file"),
-        (program((1 << 50) << 3 | ZERO, END), "more than it says"),
-        (program(4 << 3 | ZERO, END), "less than it says"),
-        (program(8 << 3 | LITERAL, END, literals=b"short"), "ends early"),
-        (program(8 << 3 | ZERO, END, literals=b"left"), "more than it uses"),
-        (program(8 << 3 | ZERO, END), "wrong digest"),
-        (program(4 << 3 | ZERO, 1 << 3 | SOURCE, 4 << 3 | COPY, 2, END), "outside its file"),
-        (program(8 << 3 | PATCH, 0, 1 << 40, 3, END), "larger than allowed"),
-        (program(8 << 3 | PATCH, 0, 3, 3, END, frames=b"abc"), "damaged|size"),
-        (program(1 << 63, END), "too long"),
+        (program(), "less than it says"),
+        (program(1 << 3 | COPY), "end early"),
+        (program(5 << 3 | SOURCE), "does not have"),
+        (program(1 << 3 | COPY, 100 << 1), "outside its file"),
+        (program(1 << 3 | COPY, 3), "outside its file"),
+        (program((1 << 50) << 3 | ZERO), "more than it says"),
+        (program(4 << 3 | ZERO), "less than it says"),
+        (program(8 << 3 | LITERAL, literals=b"short"), "ends early"),
+        (program(8 << 3 | ZERO, literals=b"left"), "more than it uses"),
+        (program(8 << 3 | ZERO), "wrong digest"),
+        (program(4 << 3 | ZERO, 1 << 3 | SOURCE, 4 << 3 | COPY, 2), "outside its file"),
+        (program(8 << 3 | PATCH, 1 << 40), "larger than allowed"),
+        (program(8 << 3 | PATCH, 3, frames=b"abc"), "damaged"),
+        (program(8 << 3 | PATCH, 20, frames=b"abc"), "outside its file"),
+        (program(8 << 3 | PATCH, len(FRAME) - 1, frames=FRAME[:-1]), "damaged"),
+        (program(8 << 3 | PATCH, len(FRAME), frames=FRAME), "wrong digest"),
+        (program(8 << 3 | PATCH, len(FRAME), frames=FRAME * 2), "more than it uses"),
+        (program(7 << 3 | PATCH, len(FRAME), 1 << 3 | ZERO, frames=FRAME), "more than it uses"),
+        (program(8 << 3 | ZERO, 3 << 3 | KNOWN, 0, 0), "more than it uses"),
+        (program(8 << 3 | PATCH, len(SIZELESS), frames=SIZELESS), "larger than allowed"),
+        (program((delta.FRAME_LIMIT + 1) << 3 | KNOWN, 0, 0), "larger than allowed"),
+        (program(3 << 3 | KNOWN, 0, 1 << 40), "more shifts than allowed"),
+        (program(3 << 3 | KNOWN, 100 << 1, 0), "outside its file"),
+        (program(1 << 63), "too long"),
         (b"", "no head"),
         (b"\xff" * 60, "no head"),
     ],
@@ -299,20 +335,22 @@ def test_a_large_file_is_rebuilt_in_64_mb(tmp_path: Path) -> None:
 
 def test_the_worst_delta_is_applied_in_64_mb(tmp_path: Path) -> None:
     """Every stream with its whole window, and patches as large as allowed, none of which can be packed."""
-    noise, most, part = random.Random(11), delta.PATCH_LIMIT, 3 << 20
+    noise, most, part = random.Random(11), delta.FRAME_LIMIT, 3 << 20
     old, new, made = noise.randbytes(12 << 20), bytearray(), Program(1)
 
-    def put(kind: int, content: bytes, start: int = 0, payload: bytes = b"", known: int = 0) -> None:
-        made.put(Piece(len(new), len(content), kind, 0, start, payload, known))
+    def put(kind: int, content: bytes, start: int = 0, payload: bytes = b"") -> None:
+        made.put(Piece(len(new), len(content), kind, 0, start, payload))
         new.extend(content)
 
     for number in range(2):
+        text = noise.randbytes(most - 100 - number)
+        known = Piece(len(new), len(text), PATCH, 0, number, text, most, (Shift(0, 1),))
+        made.open([known], pack_frame(text, old[number : number + most], 1))
+        put(PATCH, text)
         literal, difference, words = (noise.randbytes(size) for size in (part, part // 2, part // 2))
         put(LITERAL, literal, payload=literal)
         put(delta.ADD, delta.add(old[: part // 2], difference, 1), 0, difference)
         put(delta.WORDS, delta.add(old[1 : 1 + part // 2], words, 4), 1, words)
-        text = noise.randbytes(most - 100 - number)
-        put(PATCH, text, number, _packed(text, old[number : number + most], 1), most)
     for start in noise.choices(range(11 << 20), k=300_000):
         put(COPY, old[start : start + 3], start)
     packed = made.pack()
