@@ -270,7 +270,10 @@ def links(root: Path) -> None:
     for name, target in targets.items():
         remove(root / name)
         (root / name).symlink_to(target)
-    for name in ("state", "opt/samepage", "boot", "dev", "proc", "sys", "run", "tmp", "home", "srv", "mnt", "media"):
+    for name in (
+        "state", "opt/samepage", "usr/lib/samepage/old-root", "boot", "dev", "proc", "sys", "run", "tmp", "home", "srv",
+        "mnt", "media",
+    ):  # fmt: skip
         (root / name).mkdir(parents=True, exist_ok=True)
     (root / "tmp").chmod(0o1777)
     write(root / "etc/machine-id", "")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from appliance.node.release import ReleaseError, parse_layers
-from appliance.node.upgrade import journal, records, retention, staging
+from appliance.node.upgrade import journal, mounts, records, retention, staging
 from appliance.node.upgrade.node import INCOMING, STATE, Node
 from appliance.node.upgrade.records import BootRecord, Held
 from appliance.node.upgrade.services import ServiceError, run
@@ -53,6 +53,8 @@ def clean(node: Node, report: Report) -> retention.Plan:
     for number, (name, _) in enumerate(wanted.remove):
         shutil.rmtree(_going(node, name))
         report("clean", number, steps)
+    if wanted.files:
+        mounts.forget_old_root()  # a file that is mounted would keep its room
     for path, _ in wanted.files:
         with suppress(FileNotFoundError):  # it was in one of the folders above
             os.unlink(os.path.join(node.root, path))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from appliance.node.upgrade.records import layer_path
@@ -19,13 +21,16 @@ CONFIG = f"{RUN}/config"  # the config layer of the running release
 APP = "/opt/samepage"
 NEXT = f"{RUN}/next"  # layers of another release, while it is looked at
 NEXT_ROOT = "/run/nextroot"  # where systemd looks for the root of a soft reboot
+OLD_ROOT = "/usr/lib/samepage/old-root"  # after a soft reboot: the base layer of before
 
 # linux/mount.h, and the numbers that all 64-bit architectures but alpha share
-_OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = 428, 429, 430, 431, 432
+_OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
 _CLONE, _FLAG, _STRING, _CREATE = 1, 0, 1, 6
 _RDONLY = 1
 _FROM_DESCRIPTOR, _BENEATH = 0x4, 0x200
 _HERE = -100  # AT_FDCWD
+_EMPTY_PATH = 0x1000
+_PRIVATE = struct.pack("=4Q", 0, 0, 1 << 18, 0)  # struct mount_attr: no flags; propagation
 _DETACH = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -75,8 +80,17 @@ def _made(kind: str, **options: str) -> int:
 
 
 def _copy(place: str) -> int:
-    """The one mount at a place, without those below it, as a mount that stands nowhere yet."""
-    return _call(place, _OPEN_TREE, _HERE, place.encode(), _CLONE)
+    """The one mount at a place, without those below it, as a mount that stands nowhere yet.
+
+    What is mounted on the one, or unmounted from it, stays unknown to the other.
+    """
+    mount = _call(place, _OPEN_TREE, _HERE, place.encode(), _CLONE)
+    try:
+        _call(place, _MOUNT_SETATTR, mount, b"", _EMPTY_PATH, _PRIVATE, len(_PRIVATE))
+    except MountError:
+        os.close(mount)
+        raise
+    return mount
 
 
 def _attach(mount: int, place: str, flags: int = 0) -> None:
@@ -167,12 +181,19 @@ def swap(old: Trees, new: Trees, identity: str) -> None:
 
 
 def build_next_root(trees: Trees, identity: str, state: str, device: str, data: int) -> None:
-    """Mount another release with data subvolume `data` where a soft reboot looks for its root. Raises MountError."""
+    """Mount another release with data subvolume `data` where a soft reboot looks for its root. Raises MountError.
+
+    This release's base layer stays mounted in it, so that the kernel keeps what it has read. Otherwise all of that is
+    free at once, and the next programs get the memory that the last ones ran from: on an emulated processor, every
+    write to it costs a search for what was translated of these.
+    """
     import subprocess
 
     drop_next_root()
     os.makedirs(NEXT_ROOT, exist_ok=True)
-    _attach(_image(trees.base), NEXT_ROOT)
+    _attach(_base(trees.base), NEXT_ROOT)
+    with suppress(MountError):  # of a release without that folder: it is only slower
+        _attach(_copy("/"), NEXT_ROOT + OLD_ROOT)
     _attach(_image(trees.app), NEXT_ROOT + APP)
     _replace(_image(trees.config), CONFIG)
     _attach(_etc(identity, CONFIG, NEXT_ROOT), f"{NEXT_ROOT}/etc")
@@ -186,9 +207,23 @@ def build_next_root(trees: Trees, identity: str, state: str, device: str, data: 
             raise MountError(done.returncode, done.stderr.strip())
 
 
+def _base(path: str) -> int:
+    """A base layer; the mount there is where there is one, so that what was read of it need not be read again."""
+    for place in ("/", OLD_ROOT):
+        with suppress(MountError):
+            if os.path.basename(mounted(place)[0]) == os.path.basename(path):
+                return _copy(place)
+    return _image(path)
+
+
+def forget_old_root() -> None:
+    """Keep nothing of the base layer of before: its file shall go, or the room is wanted for another."""
+    clear(OLD_ROOT)
+
+
 def drop_next_root() -> None:
     """A next root that stays behind would become the root of the next restart."""
-    clear(*(NEXT_ROOT + place for place in ("/var", "/state", "/etc", APP, "")))
+    clear(*(NEXT_ROOT + place for place in ("/var", "/state", "/etc", APP, OLD_ROOT, "")))
 
 
 # --- what is mounted -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from appliance.node.keys import PUBLIC, KeyFileError, Trust, key_id, load_trust,
 from appliance.node.plan import classify
 from appliance.node.refusals import Damaged, NoRoom, NoWay
 from appliance.node.release import Manifest, parse
-from appliance.node.upgrade import fetch
+from appliance.node.upgrade import fetch, mounts
 from appliance.node.upgrade.node import COUNTER, INCOMING, KEY_CREDENTIAL, KEY_FOLDERS, Node, NotUpgradable
 from appliance.node.upgrade.records import Held, read_small
 from appliance.node.upgrade.retention import MARGIN, need
@@ -135,6 +135,8 @@ def stage_all(node: Node, wanted: Chain, report: Report, *, allow_downgrade: boo
             check_fit(bundle.info, node.running.manifest, versions, allow_downgrade=allow_downgrade)
             if bundle.info.manifest == node.running.digest:
                 continue
+            if any(part.kind == "base" for part in bundle.info.parts):
+                mounts.forget_old_root()  # now, and not while clients wait
             made = stage(node.root, bundle, node.name, held, _to(report, "stage")).release
             held[made.id] = made
     return made
