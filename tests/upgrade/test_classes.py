@@ -15,6 +15,16 @@ UNITS = "recipes/samepage/templates/etc/systemd/system"
 WORKER = replace(f"{UNITS}/samepage-worker.service.j2", "Description=Samepage's", "Description=A")
 
 
+OLD_ROOT = "/usr/lib/samepage/old-root"
+PLACES = {"base": "/", "app": "/opt/samepage", "config": "/run/samepage/config"}
+
+
+def layers(node: Machine) -> dict[str, str]:
+    """The layer that is mounted last at each place."""
+    lines = node.ssh("findmnt -rn -t erofs -o TARGET,SOURCE").splitlines()
+    return {place: source.rpartition("/")[2] for place, source in (line.split() for line in lines)}
+
+
 def runs(node: Machine, variants: Variants, version: str) -> None:
     """The node runs the very layers of the release as it was built, and its records say so."""
     made = variants.made[version]
@@ -24,9 +34,9 @@ def runs(node: Machine, variants: Variants, version: str) -> None:
     assert found["next_boot"] == {"release": found["release"], "data": found["data"]}
     status, verified = node.tool("verify")
     assert (status, verified["wrong"]) == (0, [])
-    mounted = node.ssh("cat /proc/self/mountinfo")
+    mounted = layers(node)
     for layer in made.manifest.layers:
-        assert f"{layer.kind}-{layer.digest}.erofs" in mounted
+        assert mounted[PLACES[layer.kind]] == f"{layer.kind}-{layer.digest}.erofs"
 
 
 def test_changed_template_reloads_one_unit_and_nothing_else(node: Machine, variants: Variants) -> None:
@@ -89,6 +99,8 @@ def test_new_userspace_under_the_same_kernel_is_a_soft_reboot(
     assert node.boot() == boot
     assert {"before", *load.written} <= node.titles()
     runs(node, variants, "1.4")
+    base = next(layer for layer in variants.made["1.0"].manifest.layers if layer.kind == "base")
+    assert layers(node)[OLD_ROOT] == f"base-{base.digest}.erofs"
     assert node.status()["data"] == data
     with Load(node) as second:
         status, rolled = node.tool("rollback", "--yes")
@@ -100,6 +112,10 @@ def test_new_userspace_under_the_same_kernel_is_a_soft_reboot(
     assert "before" in node.titles()
     assert not set(load.written[-1:]) & node.titles()  # the data of before the upgrade
     runs(node, variants, "1.0")
+    assert OLD_ROOT in layers(node)
+    node.put(b"rest", "/state/layers/base-0000.erofs.partial")
+    assert node.tool("cleanup")[1]["files"] == 1
+    assert set(layers(node)) == set(PLACES.values())  # what is mounted would keep the room of a removed layer
 
 
 def test_new_kernel_is_a_reboot(node: Machine, variants: Variants) -> None:
