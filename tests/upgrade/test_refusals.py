@@ -300,6 +300,7 @@ def test_a_bundle_in_the_channel_must_be_the_one_in_the_index(node: Machine, ser
     node.ssh(f"truncate -s 200 {file}")
     status, found = node.tool()
     assert (status, found["outcome"], found["reason"]) == (1, "failed", "not-fetched"), found
+    assert found["hint"] not in found["message"]
     node.ssh(f"mv /tmp/kept {file}")
     assert node.status()["release"] == "1.0"
     assert changed(before, node.invocations()) == set()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from appliance.node.refusals import Refusal
+from appliance.node.refusals import Ending, Refusal
 from appliance.node.upgrade import engine, journal, planning, records, resume, services, trial
 from appliance.node.upgrade.engine import Job, Outcome
 from appliance.node.upgrade.judging import Failed
@@ -30,7 +30,6 @@ from appliance.node.upgrade.request import (
     parse_request,
 )  # fmt: skip
 from appliance.node.upgrade.services import ServiceError
-from appliance.node.upgrade.web import FetchError
 
 
 class Unfinished(Refusal):
@@ -154,14 +153,12 @@ def answer(reporter: Reporter) -> dict[str, Any]:
         with alone(WORKING):
             request = parse_request(records.read_small(REQUEST, 1 << 20) or b"")
             return carry_out(request, reporter)
-    except Refusal as refusal:
-        return refusal.result()
+    except Ending as ending:
+        return ending.result()
     except Cancelled:
         return {"status": FAILED, "outcome": "failed", "reason": "cancelled", "message": "cancelled: nothing changed"}
-    except (OSError, ValueError, FetchError, Failed, ServiceError) as error:
-        reason = str(getattr(error, "reason", "failed"))
-        hint = str(getattr(error, "hint", ""))
-        return {"status": FAILED, "outcome": "failed", "reason": reason, "message": str(error), "hint": hint}
+    except (OSError, ValueError, Failed, ServiceError) as error:
+        return Ending(str(error)).result()
 
 
 def carry_out(request: Request, reporter: Reporter) -> dict[str, Any]:
