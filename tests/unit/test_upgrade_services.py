@@ -27,7 +27,7 @@ def facts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int, set[int]
         return f"ActiveState={state}\nNRestarts={restarts}\n"
 
     monkeypatch.setattr(services, "systemctl", systemctl)
-    monkeypatch.setattr(services, "_processes", lambda _unit: told[0][3])
+    monkeypatch.setattr(services, "processes", lambda _unit: told[0][3])
     monkeypatch.setattr(services, "_ASK", 0.0)
     monkeypatch.setattr(time, "sleep", lambda _seconds: None)
     return told

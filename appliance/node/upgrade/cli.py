@@ -227,8 +227,10 @@ def _relay(request: Request, options: argparse.Namespace) -> dict[str, Any]:
 
 def _wait_for_turn() -> None:
     """Raise Busy where an upgrade runs; one that has said its last word is given the moment that its process takes."""
+    from appliance.node.upgrade.services import processes
+
     deadline = time.monotonic() + _ENDING
-    while _unit_runs():
+    while processes(UNIT):
         if not _has_ended() or time.monotonic() > deadline:
             raise Busy("another upgrade is running")
         time.sleep(_POLL)

@@ -91,7 +91,7 @@ def hold(door: Door, seconds: float) -> None:
         return
     os.kill(main, door.hold)
     deadline = time.monotonic() + seconds
-    while (left := _processes(door.unit) - {main}) and time.monotonic() < deadline:
+    while (left := processes(door.unit) - {main}) and time.monotonic() < deadline:
         time.sleep(0.02)
     if left:
         raise ServiceError(f"{door.unit} still serves after {seconds:.0f} s")
@@ -103,7 +103,8 @@ def release(door: Door) -> None:
         os.kill(main, door.release)
 
 
-def _processes(unit: str) -> set[int]:
+def processes(unit: str) -> set[int]:
+    """Process ids of a unit, from its control group: the service manager is not asked."""
     try:
         with open(f"{CGROUPS}/{unit}/cgroup.procs", encoding="ascii") as file:
             return {int(line) for line in file}
@@ -129,7 +130,7 @@ def wait_serving(unit: str, seconds: float) -> bool:
     """
     begun = asked = time.monotonic()
     first = ""
-    while not (len(_processes(unit)) > 1 and serves(unit)):
+    while not (len(processes(unit)) > 1 and serves(unit)):
         if (now := time.monotonic()) >= asked:  # seldom: clients wait, and asking takes time from what they wait for
             asked = now + _ASK
             facts = systemctl("show", "-p", "ActiveState", "-p", "NRestarts", unit)
@@ -146,7 +147,7 @@ def wait_serving(unit: str, seconds: float) -> bool:
 
 def serves(unit: str) -> bool:
     main = main_process(unit)
-    return bool(main and _processes(unit) - {main})
+    return bool(main and processes(unit) - {main})
 
 
 def shut(unit: str) -> None:
