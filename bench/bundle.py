@@ -11,7 +11,7 @@ from pathlib import Path
 from appliance.node.bundle import files_of
 from appliance.node.upgrade import records, staging
 from bench import peers, plain
-from bench.measure import BenchError, Cost, measure, scratch
+from bench.measure import BenchError, Cost, measure, remove_tree, scratch
 from bench.peers import Given, Taken
 from bench.report import Figure, number, of_runs, paired_ratio
 from bench.states import Bench, Change, changes, open_bench
@@ -120,6 +120,7 @@ def _layers(bench: Bench, change: Change, folder: Path) -> Given:
             files.append(pair)
             for tree, image in zip(trees, pair, strict=True):
                 bench.unpack(image, tree / layer.kind)
+                remove_tree(tree / layer.kind / "dev")  # always the same, and ostree takes no devices
     old, new = change.old.manifest.kernel, change.new.manifest.kernel
     for stale, fresh in ((old.vmlinuz, new.vmlinuz), (old.initrd, new.initrd)):
         if stale.digest != fresh.digest:
