@@ -13,8 +13,6 @@ APP = replace(
 )  # fmt: skip
 UNITS = "recipes/samepage/templates/etc/systemd/system"
 WORKER = replace(f"{UNITS}/samepage-worker.service.j2", "Description=Samepage's", "Description=A")
-
-
 OLD_ROOT = "/usr/lib/samepage/old-root"
 PLACES = {"base": "/", "app": "/opt/samepage", "config": "/run/samepage/config"}
 
