@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from appliance.node import refusals
-from appliance.node.upgrade import cli, looking, node, services
+from appliance.node.upgrade import bell, cli, looking, node, services
 from appliance.node.upgrade.cli import VERBS, main, parse
 from appliance.node.upgrade.journal import JournalError
-from appliance.node.upgrade.request import APPLY, STATES, STATUSES, Request, dump_request, parse_request
+from appliance.node.upgrade.request import APPLY, STATES, STATUSES, Request, alone, dump_request, parse_request
 from appliance.node.upgrade.web import FetchError
 
 FLAGS = {word for action in cli.parser()._actions for word in action.option_strings}
@@ -119,23 +119,26 @@ class Unit:
         self.runs = False
         self.events, self.request = folder / "events.jsonl", folder / "request.json"
         self.thread: threading.Thread | None = None
-        for name, path in (("ASKING", folder / "front.lock"), ("REQUEST", self.request), ("EVENTS", self.events)):
+        self.lock = folder / "lock"
+        names = {"ASKING": folder / "front.lock", "WORKING": self.lock, "REQUEST": self.request, "EVENTS": self.events}
+        for name, path in names.items():
             monkeypatch.setattr(cli, name, str(path))
         monkeypatch.setattr(services, "systemctl", self.systemctl)
-        monkeypatch.setattr(services, "processes", lambda _unit: {1} if self.runs else set())
+        monkeypatch.setattr(bell, "ring", self.ring)
 
     def systemctl(self, *words: str) -> str:
         if words[0] == "show":
             return "active\n" if self.runs else "inactive\n"
-        if words[0] == "kill":
-            self.signals += 1
-            return ""
-        assert words == ("start", "--no-block", "samepage-upgrade.service")
+        assert words == ("kill", "--signal=INT", "samepage-upgrade.service")
+        self.signals += 1
+        return ""
+
+    def ring(self) -> None:
         self.requests.append(parse_request(self.request.read_bytes()))
+        self.request.unlink()
         self.runs = True
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
-        return ""
 
     def _run(self) -> None:
         self.work(self, self.requests[-1])
@@ -180,26 +183,6 @@ def test_a_request_is_handed_to_the_unit_and_its_end_is_told(
     assert unit.requests[-1] == Request("rollback", to="1.0", data="keep")
     assert main(["https://example.org/x?a=1", "--download-only"]) == 0
     assert unit.requests[-1] == Request("install", "https://example.org/x?a=1", download_only=True)
-
-
-def test_a_run_that_has_said_its_last_word_is_waited_for(unit: Unit) -> None:
-    """Its process ends a moment later, and who calls again at once is not told that another upgrade runs."""
-
-    def slow(unit: Unit, _request: Request) -> None:
-        unit.say(COMMITTED | {"state": "end"})
-        time.sleep(0.3)
-
-    unit.work = slow
-    assert [main(["rollback"]), main(["rollback"])] == [0, 0]
-
-
-@pytest.mark.parametrize("words", [b"", b"{", b"[1]\n", b'{"state": "hold"}\n'])
-def test_a_run_in_the_midst_is_not_waited_for(unit: Unit, words: bytes) -> None:
-    unit.events.parent.mkdir()
-    unit.write(words)
-    unit.runs = True
-    assert main(["rollback"]) == 6
-    assert unit.requests == []
 
 
 def test_json_is_one_object(unit: Unit, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,6 +243,7 @@ def test_an_end_that_never_comes_is_told(unit: Unit, capsys: pytest.CaptureFixtu
 def test_the_last_words_of_a_unit_that_ends_are_not_lost(unit: Unit, monkeypatch: pytest.MonkeyPatch) -> None:
     """They come between the last look at the events and the question whether the unit still runs."""
     asked: list[str] = []
+    unit.work = lambda _unit, _request: None
 
     def systemctl(*words: str) -> str:
         asked.append(words[0])
@@ -270,14 +254,13 @@ def test_the_last_words_of_a_unit_that_ends_are_not_lost(unit: Unit, monkeypatch
 
     monkeypatch.setattr(services, "systemctl", systemctl)
     assert main(["--json"]) == 0
-    assert asked == ["start", "show"]
+    assert asked == ["show"]
 
 
 def test_another_upgrade_is_not_disturbed(unit: Unit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    unit.runs = True
-    assert main(["--json"]) == 6
+    with alone(str(unit.lock)):
+        assert main(["--json"]) == 6
     assert json.loads(capsys.readouterr().out)["outcome"] == "locked"
-    unit.runs = False
     with (tmp_path / "run/front.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert main(["rollback"]) == 6
@@ -286,16 +269,18 @@ def test_another_upgrade_is_not_disturbed(unit: Unit, tmp_path: Path, capsys: py
     assert unit.requests == []
 
 
-@pytest.mark.usefixtures("unit")
-def test_a_service_manager_that_does_not_answer_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_nobody_who_listens_is_told(
+    unit: Unit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(*words: str) -> str:
-        raise services.ServiceError(f"systemctl {words[0]}: not running")
+    def fails() -> None:
+        raise FileNotFoundError(2, "No such file or directory", bell.BELL)
 
-    monkeypatch.setattr(services, "systemctl", fails)
+    monkeypatch.setattr(bell, "ring", fails)
     assert main(["--json"]) == 1
-    assert "systemctl start" in json.loads(capsys.readouterr().out)["message"]
+    found = json.loads(capsys.readouterr().out)
+    assert "samepage-upgrade.service is not listening" in found["message"]
+    assert found["hint"] == "systemctl restart samepage-upgrade.socket"
+    assert not unit.request.exists()
 
 
 def test_unattended_does_nothing_unless_the_settings_say_so(
@@ -356,6 +341,43 @@ def test_ctrl_c_asks_the_unit_to_stop(unit: Unit, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(time, "sleep", sleep)
     assert main(["--json"]) == 1
     assert unit.signals == 1
+
+
+def test_ctrl_c_takes_back_what_nobody_has_begun(
+    unit: Unit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bell, "ring", lambda: None)
+    monkeypatch.setattr(time, "sleep", interrupted)
+    assert main(["--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["message"] == "cancelled: nothing changed"
+    assert not unit.request.exists()
+    assert unit.signals == 0
+
+
+def test_the_bell_rings_early_only_where_a_request_may_follow(tmp_path: Path) -> None:
+    pipe = tmp_path / "bell"
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for verb in VERBS:
+            bell.ring_early([verb, "--json"], str(pipe))
+            rang = os.read(end, 10) != b""
+            assert rang == (verb in ("install", "commit", "rollback"))
+        for words in (["--help"], ["x.bundle", "--dry-run"]):
+            bell.ring_early(words, str(pipe))
+            assert os.read(end, 10) == b""
+        bell.ring_early([], str(pipe))
+        assert os.read(end, 10) == b"\n"
+    finally:
+        os.close(end)
+    bell.ring_early([], str(pipe))  # nobody listens: told when there is a request
+    bell.ring_early([], str(tmp_path / "none"))
+    for path in (pipe, tmp_path / "none"):
+        with pytest.raises(OSError, match="No such"):
+            bell.ring(str(path))
 
 
 # --- looking ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import pytest
 from appliance.node.upgrade import journal, resume, services, trial, worker
 from appliance.node.upgrade.engine import Outcome
 from appliance.node.upgrade.journal import Journal
+from appliance.node.upgrade.request import Request, dump_request
 
 BEGUN = Journal(
     state="health", action="upgrade", depth="soft-reboot", old="1.0", new="1.1", running_data=1, old_data=2,
@@ -25,6 +30,9 @@ def done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     told: list[str] = []
     monkeypatch.setattr(worker, "WORKING", str(tmp_path / "lock"))
     monkeypatch.setattr(worker, "EVENTS", str(tmp_path / "events.jsonl"))
+    monkeypatch.setattr(worker, "REQUEST", str(tmp_path / "request.json"))
+    monkeypatch.setattr(worker, "FOLDER", str(tmp_path))
+    monkeypatch.setattr(worker, "_MOMENT", 0.0)
     monkeypatch.setattr(trial, "MARK", str(tmp_path / "trial"))
     monkeypatch.setattr(services, "notify", told.append)
     monkeypatch.setattr(services, "restarting", lambda: False)
@@ -78,7 +86,7 @@ def test_only_one_of_them_at_a_time(done: list[str], monkeypatch: pytest.MonkeyP
     asked: list[dict[str, Any]] = []
 
     def after_boot(_report: object) -> None:
-        asked.append(worker.answer(worker.Reporter(lambda _event: None)))
+        asked.append(worker.answer(b"{}", worker.Reporter(lambda _event: None)))
 
     monkeypatch.setattr(resume, "after_boot", after_boot)
     assert worker.main("gate") == 0
@@ -98,6 +106,94 @@ def test_recovery_tells_how_it_ended(
     event = json.loads((tmp_path / "events.jsonl").read_text())
     assert (event["state"], event["status"], event["outcome"]) == ("end", *end)
     assert done == ["drop"]
+
+
+# --- the bell --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bell() -> Iterator[tuple[int, int]]:
+    """Both ends of the pipe; handlers of signals are put back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    read, write = os.pipe()
+    yield read, write
+    os.close(read)
+    os.close(write)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def carried_out(done: list[str], monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    assert done == []
+    asked: list[Request] = []
+
+    def carry_out(request: Request, _reporter: worker.Reporter) -> dict[str, Any]:
+        asked.append(request)
+        return {"status": 0, "outcome": "committed"}
+
+    monkeypatch.setattr(worker, "carry_out", carry_out)
+    return asked
+
+
+def test_a_request_is_carried_out_once(carried_out: list[Request], bell: tuple[int, int], tmp_path: Path) -> None:
+    Path(worker.REQUEST).write_bytes(dump_request(Request("rollback")))
+    assert worker.work(bell[0]) == 0
+    assert carried_out == [Request("rollback")]
+    assert not Path(worker.REQUEST).exists()
+    assert json.loads((tmp_path / "events.jsonl").read_text())["outcome"] == "committed"
+
+
+def test_the_first_ring_is_not_yet_the_request(carried_out: list[Request], bell: tuple[int, int]) -> None:
+    os.write(bell[1], b"\n")
+
+    def ask() -> None:
+        time.sleep(0.2)
+        Path(worker.REQUEST).write_bytes(dump_request(Request("commit")))
+        os.write(bell[1], b"\n")
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert worker.work(bell[0]) == 0
+    thread.join()
+    assert carried_out == [Request("commit")]
+
+
+def test_no_request_is_the_end_of_waiting(
+    carried_out: list[Request], bell: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(worker, "_PATIENCE", 0.2)
+    os.write(bell[1], b"\n")
+    assert worker.work(bell[0]) == 0
+    assert carried_out == []
+    assert (tmp_path / "events.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_whoever_only_waits_goes_at_once(
+    carried_out: list[Request], bell: tuple[int, int], number: int, tmp_path: Path
+) -> None:
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), number))
+    timer.start()
+    with pytest.raises(SystemExit) as stop:
+        worker.work(bell[0])
+    timer.join()
+    assert stop.value.code == 0
+    assert carried_out == []
+    assert (tmp_path / "events.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"verb": 1, "more": 2}'])
+def test_a_request_that_is_none_is_told(
+    carried_out: list[Request], bell: tuple[int, int], content: bytes, tmp_path: Path
+) -> None:
+    Path(worker.REQUEST).write_bytes(content)
+    assert worker.work(bell[0]) == 0
+    assert json.loads((tmp_path / "events.jsonl").read_text())["status"] == 1
+    assert carried_out == []
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def test_unfinished_files_go_and_whole_ones_stay(tmp_path: Path) -> None:

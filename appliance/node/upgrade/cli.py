@@ -15,10 +15,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from appliance.node.refusals import Busy, Refusal
+from appliance.node.refusals import Refusal
+from appliance.node.upgrade import bell
 from appliance.node.upgrade.request import (
     APPLY,
     ASKING,
+    CANCELLED,
     EVENTS,
     FAILED,
     NOTHING,
@@ -26,6 +28,7 @@ from appliance.node.upgrade.request import (
     STATES,
     UNIT,
     USAGE,
+    WORKING,
     Request,
     alone,
     dump_request,
@@ -50,7 +53,6 @@ examples: samepage-upgrade-node                         the channel's newest rel
           samepage-upgrade-node plan https://example.org/samepage-1.0-to-1.1.bundle
           samepage-upgrade-node rollback --data=keep"""
 _POLL = 0.04  # seconds
-_ENDING = 10.0  # seconds that a process may take to end
 
 
 class UsageError(Exception):
@@ -184,17 +186,22 @@ def _relay(request: Request, options: argparse.Namespace) -> dict[str, Any]:
     """Have the request carried out; what comes at the end. Ctrl-C calls it off as long as nothing has happened."""
     from appliance.node.upgrade.services import ServiceError, systemctl
 
-    _wait_for_turn()
+    with alone(WORKING):  # Busy where an upgrade runs
+        pass
+    with open(EVENTS, "wb"):
+        pass
     with open(REQUEST + ".new", "wb") as file:
         file.write(dump_request(request))
     os.replace(REQUEST + ".new", REQUEST)
-    with open(EVENTS, "wb"):
-        pass
     screen = _Screen(options)
     try:
-        systemctl("start", "--no-block", UNIT)
-    except ServiceError as error:
-        return {"status": FAILED, "outcome": "failed", "reason": "unit", "message": str(error)}
+        bell.ring()
+    except OSError as error:
+        _take_back()
+        return {
+            "status": FAILED, "outcome": "failed", "reason": "unit", "message": f"{UNIT} is not listening: {error}",
+            "hint": "systemctl restart samepage-upgrade.socket",
+        }  # fmt: skip
     with open(EVENTS, "rb") as events:
         idle, rest, over = 0, b"", False
         while True:
@@ -217,6 +224,8 @@ def _relay(request: Request, options: argparse.Namespace) -> dict[str, Any]:
                 if event.get("state") == "end":
                     return {name: value for name, value in event.items() if name != "state"}
             except KeyboardInterrupt:
+                if _take_back():
+                    return {"status": FAILED, "outcome": "failed", "reason": "cancelled", "message": CANCELLED}
                 with contextlib.suppress(ServiceError):  # it has ended
                     systemctl("kill", "--signal=INT", UNIT)
     return {
@@ -225,23 +234,13 @@ def _relay(request: Request, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _wait_for_turn() -> None:
-    """Raise Busy where an upgrade runs; one that has said its last word is given the moment that its process takes."""
-    from appliance.node.upgrade.services import processes
-
-    deadline = time.monotonic() + _ENDING
-    while processes(UNIT):
-        if not _has_ended() or time.monotonic() > deadline:
-            raise Busy("another upgrade is running")
-        time.sleep(_POLL)
-
-
-def _has_ended() -> bool:
+def _take_back() -> bool:
+    """Whether the request was still where it was handed over, and is no more."""
     try:
-        with open(EVENTS, "rb") as events:
-            return bool(json.loads(events.read().splitlines()[-1]).get("state") == "end")
-    except (OSError, ValueError, IndexError, AttributeError):
+        os.unlink(REQUEST)
+    except FileNotFoundError:
         return False
+    return True
 
 
 def _unit_runs() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ FOLDER = "/run/samepage/upgrade"
 REQUEST, EVENTS = f"{FOLDER}/request.json", f"{FOLDER}/events.jsonl"
 ASKING, WORKING = f"{FOLDER}/front.lock", f"{FOLDER}/lock"  # held by the command line, and by who carries it out
 UNIT = "samepage-upgrade.service"
+CANCELLED = "cancelled: nothing changed"
 STATES = ("stage", "plan", "hold", "snapshot", "switch", "migrate", "health", "commit", "open")
 APPLY = ("auto", "live", "soft-reboot", "reboot")
 COMMITTED, NOTHING, RESTART, ROLLED_BACK, USAGE = 0, 2, 4, 5, 64
@@ -57,15 +59,20 @@ def parse_request(content: bytes) -> Request:
 
 
 @contextmanager
-def alone(lock: str) -> Iterator[None]:
-    """Holds a lock file below FOLDER. Raises Busy where another process does."""
+def alone(lock: str, patience: float = 0.0) -> Iterator[None]:
+    """Holds a lock file below FOLDER. Raises Busy where another process still does after `patience` seconds."""
     os.makedirs(os.path.dirname(lock), mode=0o700, exist_ok=True)
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Busy("another upgrade is running") from error
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise Busy("another upgrade is running") from error
+                time.sleep(0.05)
         yield
     finally:
         os.close(descriptor)

@@ -1,13 +1,14 @@
 """Carries out one request: fetch, stage, plan, run. Part of the node's own code.
 
-It runs as samepage-upgrade.service, so that neither a lost connection nor an impatient user ends it in the middle. The
-request comes in a file, what happens goes out as lines of JSON to another.
+It runs as samepage-upgrade.service, so that neither a lost connection nor an impatient user ends it in the middle. A
+ring of the bell starts it, the request comes in a file, what happens goes out as lines of JSON to another.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,10 @@ from appliance.node.upgrade.engine import Job, Outcome
 from appliance.node.upgrade.judging import Failed
 from appliance.node.upgrade.node import INCOMING, STATE, Node, look
 from appliance.node.upgrade.request import (
+    CANCELLED,
     EVENTS,
     FAILED,
+    FOLDER,
     REQUEST,
     STATUSES,
     WORKING,
@@ -30,6 +33,10 @@ from appliance.node.upgrade.request import (
     parse_request,
 )  # fmt: skip
 from appliance.node.upgrade.services import ServiceError
+
+_BELL = 3  # descriptor that systemd passes, see sd_listen_fds(3)
+_PATIENCE = 10.0  # seconds between the first ring and the request
+_MOMENT = 1.0  # seconds; the command line looks whether the lock is free
 
 
 class Unfinished(Refusal):
@@ -127,36 +134,66 @@ def _clean() -> None:
         cleaning.clean(look(), _log)
 
 
-def work() -> int:
-    """Read the request, carry it out and write how it ended."""
+def work(bell: int = _BELL) -> int:
+    """Wait for a request, carry it out and write how it ended. `bell`: a descriptor to wait at."""
+    os.makedirs(FOLDER, mode=0o700, exist_ok=True)
     with open(EVENTS, "ab", buffering=0) as out:
 
         def write(event: Mapping[str, Any]) -> None:
             out.write(json.dumps(event).encode() + b"\n")
 
-        reporter = Reporter(write)
+        reporter, waits = Reporter(write), True
 
         def cancel(_number: int, _frame: object) -> None:
             reporter.cancelled = True
+            if waits:
+                raise SystemExit(0)
 
         for number in (signal.SIGINT, signal.SIGTERM):  # a stop of the unit, too: a restart must find the end written
             signal.signal(number, cancel)
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            waits = False  # from here on a signal calls off what is about to be taken
+            if (content := take_request()) is not None:
+                break
+            waits = True
+            if reporter.cancelled or not _rings(bell, deadline):
+                return 0
         started = time.monotonic()
-        end = answer(reporter)
+        end = answer(content, reporter)
         write({"state": "end", "seconds": round(time.monotonic() - started, 2), **end})
     return 0
 
 
-def answer(reporter: Reporter) -> dict[str, Any]:
+def take_request() -> bytes | None:
+    """The request, which is taken away: until then whoever asked may take it back. None where there is none."""
+    content = records.read_small(REQUEST, 1 << 20)
+    try:
+        os.unlink(REQUEST)
+    except FileNotFoundError:
+        return None
+    return content or b""
+
+
+def _rings(bell: int, deadline: float) -> bool:
+    """Wait for the bell: it rings before the command line has loaded itself, and again with the request."""
+    from appliance.node.upgrade import obtain  # noqa: F401 - most requests need it, and there is time now
+
+    if not select.select([bell], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        return False
+    os.read(bell, 4096)
+    return True
+
+
+def answer(content: bytes, reporter: Reporter) -> dict[str, Any]:
     """Carry the request out; how it ended, as the command line shows it."""
     try:
-        with alone(WORKING):
-            request = parse_request(records.read_small(REQUEST, 1 << 20) or b"")
-            return carry_out(request, reporter)
+        with alone(WORKING, _MOMENT):
+            return carry_out(parse_request(content), reporter)
     except Ending as ending:
         return ending.result()
     except Cancelled:
-        return {"status": FAILED, "outcome": "failed", "reason": "cancelled", "message": "cancelled: nothing changed"}
+        return {"status": FAILED, "outcome": "failed", "reason": "cancelled", "message": CANCELLED}
     except (OSError, ValueError, Failed, ServiceError) as error:
         return Ending(str(error)).result()
 
