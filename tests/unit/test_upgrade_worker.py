@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import threading
 import time
@@ -138,10 +139,28 @@ def carried_out(done: list[str], monkeypatch: pytest.MonkeyPatch) -> list[Reques
 
 def test_a_request_is_carried_out_once(carried_out: list[Request], bell: tuple[int, int], tmp_path: Path) -> None:
     Path(worker.REQUEST).write_bytes(dump_request(Request("rollback")))
+    os.write(bell[1], b"\n\n")
     assert worker.work(bell[0]) == 0
     assert carried_out == [Request("rollback")]
     assert not Path(worker.REQUEST).exists()
+    assert select.select([bell[0]], [], [], 0)[0] == []  # nothing is left that would start it again
     assert json.loads((tmp_path / "events.jsonl").read_text())["outcome"] == "committed"
+
+
+def test_a_request_that_comes_at_the_end_of_another_is_not_forgotten(
+    done: list[str], bell: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def carry_out(_request: Request, _reporter: worker.Reporter) -> dict[str, Any]:
+        Path(worker.REQUEST).write_bytes(dump_request(Request("commit")))
+        os.write(bell[1], b"\n")
+        return {"status": 0, "outcome": "committed"}
+
+    monkeypatch.setattr(worker, "carry_out", carry_out)
+    monkeypatch.setattr(worker, "ring", lambda: done.append("ring"))
+    Path(worker.REQUEST).write_bytes(dump_request(Request("rollback")))
+    assert worker.work(bell[0]) == 0
+    assert done == ["ring"]
+    assert Path(worker.REQUEST).exists()
 
 
 def test_the_first_ring_is_not_yet_the_request(carried_out: list[Request], bell: tuple[int, int]) -> None:

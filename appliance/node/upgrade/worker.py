@@ -17,6 +17,7 @@ from typing import Any
 
 from appliance.node.refusals import Ending, Refusal
 from appliance.node.upgrade import engine, journal, planning, records, resume, services, trial
+from appliance.node.upgrade.bell import ring
 from appliance.node.upgrade.engine import Job, Outcome
 from appliance.node.upgrade.judging import Failed
 from appliance.node.upgrade.node import INCOMING, STATE, Node, look
@@ -162,6 +163,10 @@ def work(bell: int = _BELL) -> int:
         started = time.monotonic()
         end = answer(content, reporter)
         write({"state": "end", "seconds": round(time.monotonic() - started, 2), **end})
+    while _heard(bell, 0.0):  # rings for this request would start another process
+        pass
+    if os.path.exists(REQUEST):  # somebody asked meanwhile, and was not heard by that
+        ring()
     return 0
 
 
@@ -179,10 +184,11 @@ def _rings(bell: int, deadline: float) -> bool:
     """Wait for the bell: it rings before the command line has loaded itself, and again with the request."""
     from appliance.node.upgrade import obtain  # noqa: F401 - most requests need it, and there is time now
 
-    if not select.select([bell], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        return False
-    os.read(bell, 4096)
-    return True
+    return _heard(bell, max(0.0, deadline - time.monotonic()))
+
+
+def _heard(bell: int, seconds: float) -> bool:
+    return bool(select.select([bell], [], [], seconds)[0] and os.read(bell, 4096))
 
 
 def answer(content: bytes, reporter: Reporter) -> dict[str, Any]:
