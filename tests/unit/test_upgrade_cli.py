@@ -185,6 +185,27 @@ def test_a_request_is_handed_to_the_unit_and_its_end_is_told(
     assert unit.requests[-1] == Request("install", "https://example.org/x?a=1", download_only=True)
 
 
+def test_a_run_that_has_said_its_last_word_is_waited_for(unit: Unit) -> None:
+    """Its process ends a moment later, and who calls again at once is not told that another upgrade runs."""
+
+    def slow(unit: Unit, _request: Request) -> None:
+        unit.say(COMMITTED | {"state": "end"})
+        time.sleep(0.3)
+
+    unit.work = slow
+    assert [main(["rollback"]), main(["rollback"])] == [0, 0]
+
+
+@pytest.mark.parametrize("words", [b"", b"{", b"[1]\n", b'{"state": "hold"}\n'])
+def test_a_run_in_the_midst_is_not_waited_for(unit: Unit, words: bytes) -> None:
+    unit.events.parent.mkdir()
+    unit.write(words)
+    with alone(str(unit.lock)):
+        assert main(["rollback"]) == 6
+    assert unit.requests == []
+    assert unit.events.read_bytes() == words
+
+
 def test_json_is_one_object(unit: Unit, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--json"]) == 0
     out, messages = capsys.readouterr()

@@ -1,7 +1,7 @@
 """Starts samepage-upgrade.service: systemd does when something is written to this pipe. Part of the node's own code.
 
-The command line rings before it has loaded itself, so that both programs load at once; here
-next to nothing is loaded.
+The command line rings before it has loaded itself, so that both programs load at once; here next to
+nothing is loaded.
 """
 
 import os

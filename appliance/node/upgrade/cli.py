@@ -225,7 +225,7 @@ def _relay(request: Request, options: argparse.Namespace) -> dict[str, Any]:
                     return {name: value for name, value in event.items() if name != "state"}
             except KeyboardInterrupt:
                 if _take_back():
-                    return {"status": FAILED, "outcome": "failed", "reason": "cancelled", "message": CANCELLED}
+                    return dict(CANCELLED)
                 with contextlib.suppress(ServiceError):  # it has ended
                     systemctl("kill", "--signal=INT", UNIT)
     return {

@@ -22,7 +22,6 @@ FOLDER = "/run/samepage/upgrade"
 REQUEST, EVENTS = f"{FOLDER}/request.json", f"{FOLDER}/events.jsonl"
 ASKING, WORKING = f"{FOLDER}/front.lock", f"{FOLDER}/lock"  # held by the command line, and by who carries it out
 UNIT = "samepage-upgrade.service"
-CANCELLED = "cancelled: nothing changed"
 STATES = ("stage", "plan", "hold", "snapshot", "switch", "migrate", "health", "commit", "open")
 APPLY = ("auto", "live", "soft-reboot", "reboot")
 COMMITTED, NOTHING, RESTART, ROLLED_BACK, USAGE = 0, 2, 4, 5, 64
@@ -30,6 +29,7 @@ STATUSES = {
     "committed": COMMITTED, "stopped": COMMITTED, "planned": COMMITTED, "downloaded": COMMITTED, "failed": FAILED,
     "nothing": NOTHING, "refused": REFUSED, "staged": RESTART, "restarting": RESTART, "rolled-back": ROLLED_BACK,
 }  # fmt: skip
+CANCELLED = {"status": FAILED, "outcome": "failed", "reason": "cancelled", "message": "cancelled: nothing changed"}
 
 
 class Request(NamedTuple):

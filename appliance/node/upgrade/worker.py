@@ -199,7 +199,7 @@ def answer(content: bytes, reporter: Reporter) -> dict[str, Any]:
     except Ending as ending:
         return ending.result()
     except Cancelled:
-        return {"status": FAILED, "outcome": "failed", "reason": "cancelled", "message": CANCELLED}
+        return dict(CANCELLED)
     except (OSError, ValueError, Failed, ServiceError) as error:
         return Ending(str(error)).result()
 
