@@ -28,6 +28,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew, without comparing")
 
 
+# Folders whose tests share machines, or one build, and so run in one process, with the guess of their share of the work
+# that puts the longest first. All other tests run file by file, as a process comes free.
+TOGETHER = {"upgrade": 5, "boot": 4, "faults/power": 3, "artifact": 2, "faults": 1}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs side by side where `-n` says so: see the marker xdist_group. The order is the same with one process."""
+    tests = Path(__file__).parent
+    shares: dict[str, int] = {}
+    for item in items:
+        file = item.path.relative_to(tests)
+        group = next((folder for folder in TOGETHER if file.is_relative_to(folder)), str(file))
+        shares[item.nodeid] = TOGETHER.get(group, 0)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: -shares[item.nodeid])
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Golden:
     """Compares a text with a file under tests/golden/, or writes that file."""

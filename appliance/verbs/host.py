@@ -78,11 +78,11 @@ def completion(session: Session, shell: str) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @pass_session
 def test(session: Session, lint: bool, arguments: tuple[str, ...]) -> int:
-    """Run the project's tests; ARGUMENTS go to pytest. Results also as JUnit XML in dist/test-results.xml."""
+    """Run the project's tests, on all cores; ARGUMENTS go to pytest. Also writes JUnit XML: dist/test-results.xml."""
     from appliance.run import attached
 
     checks = [["ruff", "check", "."], ["mypy"]] if lint or not arguments else []
-    tests = [*(arguments or ["tests"]), "--junitxml", str(session.project / "dist" / "test-results.xml")]
+    tests = [*(arguments or ["-n", "auto", "-v"]), "--junitxml", str(session.project / "dist" / "test-results.xml")]
     for words in (*checks, ["pytest", *tests]):
         session.console.note(f"running {words[0]}")
         status = attached([sys.executable, "-m", *words], cwd=session.project)
