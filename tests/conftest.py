@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import hypothesis
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.trees import VALID, write_tree
 
@@ -28,22 +30,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew, without comparing")
 
 
-# Folders whose tests share machines, or one build, and so run in one process, with the guess of their share of the work
-# that puts the longest first. All other tests run file by file, as a process comes free.
-TOGETHER = {"upgrade": 5, "boot": 4, "faults/power": 3, "artifact": 2, "faults": 1}
+# Folders whose tests share machines, or one build, the longest first. With `-n` each runs in one process; all others fill
+# the time, file by file.
+TOGETHER = ("upgrade", "boot", "faults/power", "artifact")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def group_of(file: str) -> str:
+    """What runs in one process with a file, or a test in it; `file` is relative to the project."""
+    path = PurePath(file.partition("::")[0]).relative_to("tests")
+    return next((folder for folder in TOGETHER if path.is_relative_to(folder)), str(path))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs side by side where `-n` says so: see the marker xdist_group. The order is the same with one process."""
-    tests = Path(__file__).parent
-    shares: dict[str, int] = {}
-    for item in items:
-        file = item.path.relative_to(tests)
-        group = next((folder for folder in TOGETHER if file.is_relative_to(folder)), str(file))
-        shares[item.nodeid] = TOGETHER.get(group, 0)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: -shares[item.nodeid])
+    items.sort(key=lambda item: [*TOGETHER, group_of(item.nodeid)].index(group_of(item.nodeid)))
+
+
+class Together(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Together:
+    return Together(config, log)
 
 
 @pytest.fixture

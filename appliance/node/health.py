@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -20,7 +21,7 @@ HEALTH_FILE = "/run/samepage/health.json"
 NODE_FILE = "/etc/samepage/node.json"
 SELF_UNIT = "samepage-health.service"
 JOURNAL_LINES = 30
-DEAR_AFTER = 5.0  # seconds before programs are run while connections are still refused; then ever less often
+DEAR_AFTER = 5.0  # seconds before units are asked for while connections are still refused; then ever less often
 USAGE = """usage: samepage-health [--json] [--wait SECONDS] [--boot] [RECIPE...]
 
 Runs the node's health probes, or those of the recipes named.
@@ -86,13 +87,13 @@ def kernel_taint(file: str = "/proc/sys/kernel/tainted") -> Outcome:
     return Outcome("no kernel taint", taint == 0, f"taint {taint}" if taint else "none")
 
 
-def probe_system(states: Mapping[str, tuple[str, str]], problem: str = "") -> list[Outcome]:
+def probe_system(states: Mapping[str, tuple[str, str]], problem: str, cycle: Outcome) -> list[Outcome]:
     """What every node must be, whatever runs on it. `problem` says why the states of the units could not be had."""
     failed = failed_units(states)
     detail = problem or ", ".join(failed) or "none"
     units = Outcome("no failed unit", not failed and not problem, detail, 0.0, bool(failed))
     taint = [] if in_container() else [kernel_taint()]  # a container shows the taint of its host
-    return [units, ordering_cycle(), *taint]
+    return [units, cycle, *taint]
 
 
 class Health:
@@ -127,14 +128,23 @@ class Health:
         }
 
 
-def examine(recipes: Mapping[str, Sequence[Probe]], *, system: bool = True) -> Health:
-    """One round: every probe of `recipes` at the same time, then the node as a whole unless `system` is false."""
+def examine(
+    recipes: Mapping[str, Sequence[Probe]], states: Mapping[str, tuple[str, str]] | None = None, *, system: bool = True
+) -> Health:
+    """One round: every probe of `recipes`, and the node as a whole unless `system` is false, all at the same time.
+
+    `states`: those of the units, where they have just been asked for.
+    """
     problem = ""
-    states: Mapping[str, tuple[str, str]] = {}
-    try:
-        states = unit_states()
-    except OSError as error:
-        problem = str(error)
+    if not states:
+        try:
+            states = unit_states()
+        except OSError as error:
+            states, problem = {}, str(error)
+    cycle: list[Outcome] = []
+    aside = threading.Thread(target=lambda: cycle.append(ordering_cycle()))
+    if system:
+        aside.start()
     probes = [probe for group in recipes.values() for probe in group]
     found: dict[str, list[Outcome]] = {name: [] for name in recipes}
     bad = failed_units(states) if system else []
@@ -142,35 +152,36 @@ def examine(recipes: Mapping[str, Sequence[Probe]], *, system: bool = True) -> H
         found[probe.recipe].append(outcome)
         if probe.kind == "unit" and not outcome.ok and probe.target not in bad:
             bad.append(probe.target)
-    return Health(found, probe_system(states, problem) if system else [], bad)
+    if system:
+        aside.join()
+    return Health(found, probe_system(states, problem, cycle[0]) if system else [], bad)
 
 
-def settle(probes: Sequence[Probe], deadline: float) -> bool:
-    """Wait until every probe has succeeded once, a unit has failed or the time is over; true for the first of these.
+def settle(probes: Sequence[Probe], deadline: float) -> Mapping[str, tuple[str, str]] | None:
+    """Wait until connections are accepted and then units active; the states of the units at that time.
 
-    What has succeeded is not asked again, and what needs a program is asked less often while mere connections are still
-    refused: a starting node has better things to do.
+    None where a unit has failed or the time is over. A starting node has better things to do than to answer: accepted
+    connections are not asked for again, units seldom before that, and probes that are programs of their own not at all.
     """
-    dear = [probe for probe in probes if probe.kind in ("unit", "command")]
-    cheap = [probe for probe in probes if probe not in dear]
+    units = [probe for probe in probes if probe.kind == "unit"]
+    connections = [probe for probe in probes if probe.kind not in ("unit", "command")]
     pause, dear_pause = 0.25, DEAR_AFTER
     dear_at = time.monotonic() + dear_pause
     while True:
-        cheap = unsuccessful(cheap, {})
-        if not cheap or time.monotonic() >= dear_at:
+        connections = unsuccessful(connections, {})
+        if not connections or time.monotonic() >= dear_at:
             states: Mapping[str, tuple[str, str]] = {}
             with contextlib.suppress(OSError):  # asked again, and told by the examination that follows
                 states = unit_states()
             if failed_units(states):
-                return False
-            dear = unsuccessful(dear, states)
+                return None
+            if not connections and not unsuccessful(units, states):
+                return states
             dear_pause = min(dear_pause * 1.5, 3 * DEAR_AFTER)
             dear_at = time.monotonic() + dear_pause
-        if not cheap and not dear:
-            return True
         left = deadline - time.monotonic()
         if left <= 0:
-            return False
+            return None
         time.sleep(min(pause, left))
         pause = min(pause * 1.2, 1.0)
 
@@ -184,16 +195,18 @@ def wait_healthy(
 ) -> tuple[Health, float | None]:
     """Examine the node, until it is healthy, a unit has failed or `seconds` have passed.
 
-    Also returns how long after the boot's begin every probe had succeeded, where that was waited for.
+    Also returns how long after the boot's begin it was healthy, where that was waited for.
     """
-    deadline = time.monotonic() + seconds
+    deadline, pause = time.monotonic() + seconds, 0.25
     probes = [probe for group in recipes.values() for probe in group]
     while True:
-        settled = seconds_since_boot() if seconds and settle(probes, deadline) else None
-        health = examine(recipes, system=system)
+        states = settle(probes, deadline) if seconds else None
+        health = examine(recipes, states, system=system)
         if health.healthy or health.hopeless or time.monotonic() >= deadline:
-            return health, settled
-        time.sleep(0.25)
+            return health, seconds_since_boot() if seconds and health.healthy else None
+        probes = [probe for probe in probes if probe.kind == "unit"]  # the others are part of each examination
+        time.sleep(pause)
+        pause = min(pause * 1.5, 3.0)
 
 
 def units_to_blame(health: Health, file: str = NODE_FILE) -> list[str]:
@@ -324,7 +337,7 @@ def main(
         print(f"samepage-health: {error}", file=sys.stderr)
         return 64
     health, settled = wait_healthy(recipes, arguments.wait, system=not arguments.recipes)
-    boot_seconds = round(settled, 2) if settled and arguments.boot and health.healthy else None
+    boot_seconds = round(settled, 2) if settled and arguments.boot else None
     journal = {} if health.healthy else journal_of(units_to_blame(health, node_file))
     result = {**health.as_json(boot_seconds), "journal": journal}
     if arguments.boot:
