@@ -30,8 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew, without comparing")
 
 
-# Folders whose tests share machines, or one build, the longest first. With `-n` each runs in one process; all others fill
-# the time, file by file.
+# Folders whose tests share machines, or one build, the longest first. With `-n` each runs in one process; all others
+# fill the time, file by file.
 TOGETHER = ("upgrade", "boot", "faults/power", "artifact")
 
 
