@@ -71,6 +71,8 @@ def hold(job: Job) -> None:
     if job.journal.with_data:
         if job.journal.depth != "live":
             services.shorten_stop()
+        if job.journal.depth == "soft-reboot":
+            trial.ready()
         for door in services.doors(job.node.description):
             services.hold(door, job.node.settings.hold_seconds)
 

@@ -26,7 +26,7 @@ OLD_ROOT = "/usr/lib/samepage/old-root"  # after a soft reboot: the base layer o
 # linux/mount.h, and the numbers that all 64-bit architectures but alpha share
 _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
 _CLONE, _FLAG, _STRING, _CREATE = 1, 0, 1, 6
-_RDONLY = 1
+_RDONLY, _NOSUID, _NODEV, _NOATIME = 0x1, 0x2, 0x4, 0x10  # MOUNT_ATTR_*
 _FROM_DESCRIPTOR, _BENEATH = 0x4, 0x200
 _HERE = -100  # AT_FDCWD
 _EMPTY_PATH = 0x1000
@@ -65,16 +65,17 @@ def _call(what: str, number: int, *arguments: int | bytes | None) -> int:
     return found
 
 
-def _made(kind: str, **options: str) -> int:
-    """A new file system, read-only, as a mount that stands nowhere yet."""
+def _made(kind: str, attributes: int = _RDONLY, **options: str) -> int:
+    """A file system as a mount that stands nowhere yet."""
     what = " ".join([kind, *options.values()])
     context = _call(what, _FSOPEN, kind.encode(), 1)
     try:
         for key, value in options.items():
             _call(what, _FSCONFIG, context, _STRING, key.encode(), value.encode(), 0)
-        _call(what, _FSCONFIG, context, _FLAG, b"ro", None, 0)
+        if attributes & _RDONLY:
+            _call(what, _FSCONFIG, context, _FLAG, b"ro", None, 0)
         _call(what, _FSCONFIG, context, _CREATE, None, None, 0)
-        return _call(what, _FSMOUNT, context, 1, _RDONLY)
+        return _call(what, _FSMOUNT, context, 1, attributes)
     finally:
         os.close(context)
 
@@ -187,8 +188,6 @@ def build_next_root(trees: Trees, identity: str, state: str, device: str, data: 
     free at once, and the next programs get the memory that the last ones ran from: on an emulated processor, every
     write to it costs a search for what was translated of these.
     """
-    import subprocess
-
     drop_next_root()
     os.makedirs(NEXT_ROOT, exist_ok=True)
     _attach(_base(trees.base), NEXT_ROOT)
@@ -197,14 +196,9 @@ def build_next_root(trees: Trees, identity: str, state: str, device: str, data: 
     _attach(_image(trees.app), NEXT_ROOT + APP)
     _replace(_image(trees.config), CONFIG)
     _attach(_etc(identity, CONFIG, NEXT_ROOT), f"{NEXT_ROOT}/etc")
-    options = f"noatime,nosuid,nodev,subvol=data/{data}"
-    for words in (
-        ["mount", "--bind", state, f"{NEXT_ROOT}/state"],
-        ["mount", "-t", "btrfs", "-o", options, device, f"{NEXT_ROOT}/var"],
-    ):
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode:
-            raise MountError(done.returncode, done.stderr.strip())
+    _attach(_copy(state), f"{NEXT_ROOT}/state")
+    var = _made("btrfs", _NOSUID | _NODEV | _NOATIME, source=device, subvol=f"data/{data}")
+    _attach(var, f"{NEXT_ROOT}/var")
 
 
 def _base(path: str) -> int:

@@ -46,10 +46,17 @@ def _softdog() -> str:
     return ""
 
 
+def ready() -> str:
+    """Load the watchdog, which takes a while; its device, empty where this kernel has none."""
+    if not (device := _softdog()):
+        subprocess.run(["modprobe", "-q", "softdog", "nowayout=0"], check=False)
+        device = _softdog()
+    return device
+
+
 def arm(seconds: int) -> None:
     """Restart the machine in so many seconds, whatever happens, unless `disarm` comes first. Raises TrialError."""
-    subprocess.run(["modprobe", "-q", "softdog", "nowayout=0"], check=False)
-    device = _softdog()
+    device = ready()
     if not device:
         raise TrialError(19, "this kernel has no software watchdog")
     with open(device, "wb", buffering=0) as file:

@@ -27,7 +27,6 @@ from .valkey import Valkey
 
 _WAIT_FOR_DATABASE = 280.0  # seconds; the unit's own limit is a little longer
 _KEEP_ALIVE = 120  # seconds; longer than the front door keeps an idle connection, so it never meets a closing one
-_QUIET = 20.0  # seconds after the start
 _CANNOT_WORK = 78  # EX_CONFIG: starting again would not help, and the unit does not try
 _log = logging.getLogger(__name__)
 
@@ -48,6 +47,7 @@ class Announced(Server):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._exit = asyncio.Event()
+        self.ready = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -61,6 +61,7 @@ class Announced(Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         service.notify("READY=1", f"STATUS=Serving {len(METHODS)} methods")
+        self.ready.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         service.notify("STOPPING=1")
@@ -79,16 +80,16 @@ async def serve(settings: Settings) -> None:
     server = Announced(configure(Application(Api(services), Limits(), SHARE / "web"), settings))
     await prepare(settings, release)
     async with pool:
-        warm_up = asyncio.create_task(_warm_up(valkey))
+        warm_up = asyncio.create_task(_warm_up(server, valkey))
         await server.serve(listeners)
         warm_up.cancel()
     await valkey.close()
     spool.close()
 
 
-async def _warm_up(valkey: Valkey) -> None:
-    """Spare the first who signs in the loading of the client library, but let the boot end first."""
-    await asyncio.sleep(_QUIET)
+async def _warm_up(server: Announced, valkey: Valkey) -> None:
+    """Spare the first client the loading of Valkey's library, while the rest of the node starts."""
+    await server.ready.wait()
     await valkey.warm_up()
 
 
