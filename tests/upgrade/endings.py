@@ -56,6 +56,13 @@ def came_back(node: Machine, *rows: str, version: str = "1.0") -> dict[str, Any]
     return dict(found["last"])
 
 
+def undone(node: Machine) -> None:
+    """A first look between several attempts in one test; `came_back` is the thorough one."""
+    found = node.status()
+    assert (found["version"], found["unfinished"]) == ("1.0", None), found
+    assert left_files(node) == []
+
+
 def settled(node: Machine, version: str) -> dict[str, Any]:
     """No upgrade is unfinished, that release runs and serves, and nothing is left behind; the status."""
     found = node.status()

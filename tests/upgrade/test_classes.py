@@ -24,15 +24,19 @@ def layers(node: Machine) -> dict[str, str]:
     return {place: source.rpartition("/")[2] for place, source in (line.split() for line in lines)}
 
 
-def runs(node: Machine, variants: Variants, version: str) -> None:
-    """The node runs the very layers of the release as it was built, and its records say so."""
+def runs(node: Machine, variants: Variants, version: str, *, again: bool = False) -> None:
+    """The node runs the very layers of the release as it was built, and its records say so.
+
+    `again`: it ran them before, so their content is not read once more, which takes long on an emulated processor.
+    """
     made = variants.made[version]
     found = node.status()
     assert (found["version"], found["digest"], found["unfinished"]) == (version, made.digest, None)
     assert found["layers"] == {layer.kind: layer.digest for layer in made.manifest.layers}
     assert found["next_boot"] == {"release": found["release"], "data": found["data"]}
-    status, verified = node.tool("verify")
-    assert (status, verified["wrong"]) == (0, [])
+    if not again:
+        status, verified = node.tool("verify")
+        assert (status, verified["wrong"]) == (0, [])
     mounted = layers(node)
     for layer in made.manifest.layers:
         assert mounted[PLACES[layer.kind]] == f"{layer.kind}-{layer.digest}.erofs"
@@ -51,7 +55,7 @@ def test_changed_template_reloads_one_unit_and_nothing_else(node: Machine, varia
     runs(node, variants, "1.1")
     assert node.tool("install", "/state/samepage-1.0-to-1.1.bundle")[0] == 2
     assert node.tool("rollback", "--yes")[1]["units"] == {"nginx.service": "reload"}
-    runs(node, variants, "1.0")
+    runs(node, variants, "1.0", again=True)
 
 
 def test_changed_unit_file_restarts_that_unit_only(node: Machine, variants: Variants) -> None:
@@ -78,7 +82,7 @@ def test_live_upgrade_of_the_product_fails_no_request(
     assert (back, rolled["class"], rolled["data"]) == (0, "live", "kept")
     assert changed(before, node.invocations()) == {"samepage.service", "samepage-worker.service"}
     assert {"before", *load.written} <= node.titles()
-    runs(node, variants, "1.0")
+    runs(node, variants, "1.0", again=True)
 
 
 def test_new_userspace_under_the_same_kernel_is_a_soft_reboot(
@@ -111,7 +115,7 @@ def test_new_userspace_under_the_same_kernel_is_a_soft_reboot(
     assert node.boot() == boot
     assert "before" in node.titles()
     assert not set(load.written[-1:]) & node.titles()  # the data of before the upgrade
-    runs(node, variants, "1.0")
+    runs(node, variants, "1.0", again=True)
     assert OLD_ROOT in layers(node)
     place = node.put(variants.bundle("1.0", "1.5"), "/state/next.bundle")
     assert node.tool("install", place, "--download-only")[1]["outcome"] == "downloaded"

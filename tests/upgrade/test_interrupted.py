@@ -23,6 +23,7 @@ from tests.upgrade.endings import (
     put_bundle,
     settled,
     told_why,
+    undone,
     wait_until,
     written_journal,
 )
@@ -142,8 +143,9 @@ def test_called_off_before_anything_is_switched(node: Machine, product: Path) ->
         stop(node, place, state)
         status, found = node.tool("rollback")
         assert (status, found["outcome"], found["message"]) == (1, "failed", "it was called off"), found
-        came_back(node)
+        undone(node)
         assert node.ssh("ls /state/data").split() == ["1"]
+    came_back(node)
     now = node.invocations()
     assert (node.boot(), now["samepage.service"], now[DOOR]) == (boot, running["samepage.service"], running[DOOR])
     told_why(node, "it was called off")
@@ -166,7 +168,8 @@ def test_called_off_where_no_data_is_concerned(node: Machine, nginx: Path) -> No
         stop(node, place, state)
         assert not door_is_held(node)
         assert node.tool("rollback")[0] == 5
-        came_back(node)
+        undone(node)
+    came_back(node)
     assert node.invocations()[DOOR] == running[DOOR]
 
 
@@ -250,7 +253,8 @@ def test_killed_where_no_data_is_concerned(node: Machine, nginx: Path) -> None:
             assert (status, found["outcome"]) == (5, "rolled-back"), found
             assert state != "open"
             assert now["last"]["reason"] == "the upgrade's process was ended"
-        came_back(node)
+        undone(node)
+    came_back(node)
     assert node.invocations()[DOOR] == running[DOOR]
 
 
@@ -260,8 +264,9 @@ def test_killed_before_anything_is_switched(node: Machine, product: Path) -> Non
         kill_in(node, state)
         status, found = node.tool("install", place)
         assert (status, found["outcome"]) == (1, "failed"), found
-        came_back(node)
+        undone(node)
         assert node.ssh("ls /state/data").split() == ["1"]
+    came_back(node)
     assert node.boot() == boot
 
 
