@@ -109,6 +109,21 @@ def test_recovery_tells_how_it_ended(
     assert done == ["drop"]
 
 
+@pytest.mark.parametrize(("death", "does"), [("killed", ["ring"]), ("exited", [])])
+def test_recovery_leaves_a_request_that_nobody_had_taken_to_another_process(
+    done: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: str, does: list[str]
+) -> None:
+    """Unless the process failed by itself: the next one would, too."""
+    monkeypatch.setattr(resume, "after_end", lambda _report: None)
+    monkeypatch.setattr(resume, "drop_unfinished_files", lambda: None)
+    monkeypatch.setattr(worker, "ring", lambda: done.append("ring"))
+    monkeypatch.setenv("EXIT_CODE", death)  # see systemd.exec(5)
+    Path(worker.REQUEST).touch()
+    assert worker.main("recover") == 0
+    assert done == does
+    assert (tmp_path / "events.jsonl").exists() == (death == "exited")
+
+
 # --- the bell --------------------------------------------------------------------------------------------------------
 
 

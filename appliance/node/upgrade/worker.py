@@ -114,6 +114,9 @@ def recover() -> int:
     with alone(WORKING):
         outcome = resume.after_end(_log)
         resume.drop_unfinished_files()
+    if os.environ.get("EXIT_CODE") == "killed" and os.path.exists(REQUEST):  # the dead process had not taken it
+        ring()  # another one will; where it failed by itself, so would that
+        return 0
     end = {"status": FAILED, "outcome": "failed", "reason": "died", "message": engine.BROKEN_OFF}
     if outcome is not None:
         end |= {"status": STATUSES[outcome.name], "outcome": outcome.name}
