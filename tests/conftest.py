@@ -11,6 +11,7 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from appliance.targets.qemu import hardware_acceleration
 from tests.trees import VALID, write_tree
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -31,23 +32,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Folders whose tests share machines, or one build, the longest first. With `-n` each runs in one process; all others
-# fill the time, file by file.
+# fill the time, file by file. An emulated machine uses what two cores have, so without hardware virtualisation there is
+# only one at a time.
 TOGETHER = ("upgrade", "boot", "faults/power", "artifact")
+EMULATED = () if hardware_acceleration() else ("upgrade", "boot", "faults/power")
 
 
-def group_of(file: str) -> str:
-    """What runs in one process with a file, or a test in it; `file` is relative to the project."""
-    path = PurePath(file.partition("::")[0]).relative_to("tests")
+def folder_of(test: str) -> str:
+    """The folder of TOGETHER that a test is in, or its file; `test` is relative to the project."""
+    path = PurePath(test.partition("::")[0]).relative_to("tests")
     return next((folder for folder in TOGETHER if path.is_relative_to(folder)), str(path))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: [*TOGETHER, group_of(item.nodeid)].index(group_of(item.nodeid)))
+    items.sort(key=lambda item: [*TOGETHER, folder_of(item.nodeid)].index(folder_of(item.nodeid)))
 
 
 class Together(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
-        return group_of(nodeid)
+        folder = folder_of(nodeid)
+        return "emulated" if folder in EMULATED else folder
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Together:

@@ -158,6 +158,7 @@ class Load:
 
     machine: Machine
     every: float = 1.0  # seconds between the beginnings of requests
+    at_once: int = 16  # requests under way; an emulated node would have more than it can answer for minutes otherwise
     written: list[str] = field(default_factory=list)  # titles that the node has said are stored
     failures: list[str] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
@@ -181,8 +182,9 @@ class Load:
     def _drive(self) -> None:
         number = 0
         while not self._stop.is_set():
-            self._begin(self._one, number)
-            number += 1
+            if sum(thread.is_alive() for thread in self._threads) <= self.at_once:  # this one is among them
+                self._begin(self._one, number)
+                number += 1
             time.sleep(self.every)
 
     def _one(self, number: int) -> None:

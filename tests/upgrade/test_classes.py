@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.upgrade.endings import USERSPACE
+from tests.upgrade.endings import FULL, USERSPACE
 from tests.upgrade.machines import Load, Machine, changed
 from tests.variants import Variants, replace, todays_lock, with_lock, without_kernel
 
@@ -93,7 +93,6 @@ def test_new_userspace_under_the_same_kernel_is_a_soft_reboot(
 
     today, release = todays_lock(), read_lock(variants.folder / "1.0/recipes/packages.lock")
     variants.release("1.4", with_lock(without_kernel(today, release)))
-    variants.release("1.5", USERSPACE)
     boot, data = node.boot(), node.status()["data"]
     with Load(node) as load:
         _, found = node.upgrade(variants.bundle("1.0", "1.4"))
@@ -117,7 +116,18 @@ def test_new_userspace_under_the_same_kernel_is_a_soft_reboot(
     assert not set(load.written[-1:]) & node.titles()  # the data of before the upgrade
     runs(node, variants, "1.0", again=True)
     assert OLD_ROOT in layers(node)
-    place = node.put(variants.bundle("1.0", "1.5"), "/state/next.bundle")
+    node.put(b"rest", "/state/layers/base-0000.erofs.partial")
+    assert node.tool("cleanup")[1]["files"] == 1
+    assert set(layers(node)) == set(PLACES.values())  # what is mounted would keep the room of a removed layer
+
+
+@FULL
+def test_next_base_layer_takes_the_place_of_the_old_root(node: Machine, variants: Variants) -> None:
+    variants.release("1.5", USERSPACE)
+    variants.release("1.6", replace("recipes/base/recipe.yaml", "exclude:\n", "exclude:\n  - /usr/share/bug\n"))
+    assert node.upgrade(variants.bundle("1.0", "1.5"))[1]["class"] == "soft-reboot"
+    assert OLD_ROOT in layers(node)
+    place = node.put(variants.bundle("1.5", "1.6"), "/state/next.bundle")
     assert node.tool("install", place, "--download-only")[1]["outcome"] == "downloaded"
     assert set(layers(node)) == set(PLACES.values())  # the next soft reboot begins without it
 

@@ -104,7 +104,6 @@ def test_refused_configuration_is_swapped_back_and_not_tried_again(
     assert "--retry" in found["hint"]
     assert node.tool("check")[1]["failed_before"]["outcome"] == "rolled-back"
     fails("--retry")
-    fails("install", put_bundle(node, bundle))  # who names a bundle wants it
 
 
 def test_failing_probe(node: Machine, variants: Variants) -> None:
@@ -162,6 +161,7 @@ def test_migration_that_fails(node: Machine, variants: Variants, version: str, e
     assert not {"colour", "shade"} & set(columns)
 
 
+@FULL
 def test_front_door_that_does_not_open(
     node: Machine, variants: Variants, record_property: Callable[[str, object], None]
 ) -> None:

@@ -137,6 +137,7 @@ def test_what_each_state_promises(node: Machine, product: Path) -> None:
     assert node.tool("commit")[0] == 2  # there is nothing to go on with
 
 
+@FULL
 def test_called_off_before_anything_is_switched(node: Machine, product: Path) -> None:
     place, boot, running = put_bundle(node, product), node.boot(), node.invocations()
     for state in ("hold", "snapshot", "switch"):
@@ -162,6 +163,7 @@ def test_called_off_later(node: Machine, product: Path, state: str) -> None:
     told_why(node, "it was called off")
 
 
+@FULL
 def test_called_off_where_no_data_is_concerned(node: Machine, nginx: Path) -> None:
     place, running = put_bundle(node, nginx), node.invocations()
     for state in ("migrate", "open"):
@@ -173,6 +175,7 @@ def test_called_off_where_no_data_is_concerned(node: Machine, nginx: Path) -> No
     assert node.invocations()[DOOR] == running[DOOR]
 
 
+@FULL
 def test_door_of_a_stopped_trial_stays_shut(node: Machine, userspace: Path) -> None:
     boot = node.boot()
     status, found = node.tool("install", put_bundle(node, userspace), "--stop-before", "commit")
@@ -258,6 +261,7 @@ def test_killed_where_no_data_is_concerned(node: Machine, nginx: Path) -> None:
     assert node.invocations()[DOOR] == running[DOOR]
 
 
+@FULL
 def test_killed_before_anything_is_switched(node: Machine, product: Path) -> None:
     place, boot = put_bundle(node, product), node.boot()
     for state in ("hold", "snapshot"):
