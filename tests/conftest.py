@@ -10,6 +10,7 @@ import hypothesis
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import NodeManager
 
 from appliance.targets.qemu import hardware_acceleration
 from tests.trees import VALID, write_tree
@@ -52,6 +53,9 @@ class Together(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         folder = folder_of(nodeid)
         return "emulated" if folder in EMULATED else folder
+
+
+NodeManager.EXIT_TIMEOUT = 120  # seconds that the processes of a cancelled run have to end their machines
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Together:
