@@ -152,7 +152,8 @@ def test_called_off_before_anything_is_switched(node: Machine, product: Path) ->
     told_why(node, "it was called off")
 
 
-@pytest.mark.parametrize("state", ["open", *(pytest.param(one, marks=FULL) for one in ("migrate", "health", "commit"))])
+@FULL
+@pytest.mark.parametrize("state", ["migrate", "health", "commit", "open"])
 def test_called_off_later(node: Machine, product: Path, state: str) -> None:
     """Up to the moment when clients are let in, even after the commit."""
     stop(node, put_bundle(node, product), state)
