@@ -210,12 +210,9 @@ def restart(node: Machine, how: str) -> None:
     TARGET.hang_up(node.instance)
 
 
+@FULL
 @pytest.mark.parametrize(
-    ("state", "how"),
-    [
-        ("commit", "reset"),
-        *(pytest.param(*one, marks=FULL) for one in (("switch", "reset"), ("migrate", "reboot"), ("commit", "reboot"))),
-    ],
+    ("state", "how"), [("switch", "reset"), ("migrate", "reboot"), ("commit", "reset"), ("commit", "reboot")]
 )
 def test_restart_before_the_commit(node: Machine, product: Path, state: str, how: str) -> None:
     stop(node, put_bundle(node, product), state)

@@ -210,7 +210,6 @@ def look(node: Machine, place: str) -> None:
     assert node.tool(f"info {place}")[1]["version"] == "6.1"
     assert node.tool("rollback --dry-run")[0] == 2
     assert node.tool("commit --dry-run")[1]["release"] == "1.0"
-    assert node.tool("verify")[1]["wrong"] == []
     assert node.tool("history")[1]["history"] == []
     assert node.tool("cleanup --dry-run")[1]["remove"] == []
     assert node.tool("status")[1]["next_boot"] == {"release": "1.0", "data": 1}
