@@ -224,7 +224,6 @@ def test_kernel_that_panics(node: Machine, variants: Variants, monkeypatch: pyte
     assert "rdinit" not in node.ssh("cat /proc/cmdline")
 
 
-@FULL
 def test_boot_that_hangs(node: Machine, variants: Variants, monkeypatch: pytest.MonkeyPatch) -> None:
     """The watchdog that the initramfs starts needs nobody's help."""
     monkeypatch.setattr(boot_files, "CMDLINE", f"{release.CMDLINE} hangs=yes")
