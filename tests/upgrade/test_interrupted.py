@@ -240,9 +240,12 @@ def test_restart_after_the_commit(node: Machine, product: Path) -> None:
 # --- killed ----------------------------------------------------------------------------------------------------------
 
 
-def test_killed_where_no_data_is_concerned(node: Machine, nginx: Path) -> None:
+@pytest.mark.parametrize(
+    "states", [("migrate", "commit"), pytest.param(("switch", "health", "open"), marks=FULL)], ids=" and ".join
+)
+def test_killed_where_no_data_is_concerned(node: Machine, nginx: Path, states: tuple[str, ...]) -> None:
     place, running = put_bundle(node, nginx), node.invocations()
-    for state in ("switch", "migrate", "health", "commit", "open"):
+    for state in states:
         kill_in(node, state)
         status, found = node.tool("install", place)
         now = node.status()

@@ -41,7 +41,7 @@ class Mode:
     again: bool = False
 
 
-SHORT = Mode(scenario.SHORT, 100, {"live": 1, "live-with-data": 1, "soft-reboot": 1})
+SHORT = Mode(scenario.SHORT, 60, {"live-with-data": 1, "soft-reboot": 1})
 FULL = Mode(scenario.FULL, 120, {step.name: 3 for step in scenario.FULL}, again=True)
 MODE = FULL if os.environ.get("SAMEPAGE_POWER_CUTS") == "full" else SHORT
 SECONDS = 3600  # for one test; the first one records
