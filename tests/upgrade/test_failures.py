@@ -104,6 +104,7 @@ def test_refused_configuration_is_swapped_back_and_not_tried_again(
     assert "--retry" in found["hint"]
     assert node.tool("check")[1]["failed_before"]["outcome"] == "rolled-back"
     fails("--retry")
+    fails("install", put_bundle(node, bundle))  # who names a bundle wants it
 
 
 def test_failing_probe(node: Machine, variants: Variants) -> None:

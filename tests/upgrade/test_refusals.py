@@ -75,11 +75,14 @@ def refused(node: Machine, words: str, reason: str, message: str = "", status: i
 
 
 @contextmanager
-def nothing_happens(node: Machine) -> Iterator[None]:
+def nothing_happens(node: Machine, but: str = "\0") -> Iterator[None]:
+    """`but`: a folder that the test itself writes to."""
     before = picture(node)
     yield
     after = picture(node)
-    assert after[0] == before[0]
+    assert [line for line in after[0] if not line.startswith(but)] == [
+        line for line in before[0] if not line.startswith(but)
+    ]
     assert changed(before[1], after[1]) == set()
 
 
@@ -210,6 +213,7 @@ def look(node: Machine, place: str) -> None:
     assert node.tool(f"info {place}")[1]["version"] == "6.1"
     assert node.tool("rollback --dry-run")[0] == 2
     assert node.tool("commit --dry-run")[1]["release"] == "1.0"
+    assert node.tool("verify")[1]["wrong"] == []
     assert node.tool("history")[1]["history"] == []
     assert node.tool("cleanup --dry-run")[1]["remove"] == []
     assert node.tool("status")[1]["next_boot"] == {"release": "1.0", "data": 1}
@@ -271,12 +275,10 @@ INDEXES: dict[str, tuple[Callable[[Index], Index], str, str]] = {
 
 
 def test_an_index_that_is_not_good_is_refused(node: Machine, served: Index) -> None:
-    before = node.invocations()
-    for make, reason, message in INDEXES.values():
-        publish(node, make(served))
-        refused(node, "", reason, message)
-    assert changed(before, node.invocations()) == set()
-    assert node.status()["releases"].keys() == {"1.0"}
+    with nothing_happens(node, CHANNEL):
+        for make, reason, message in INDEXES.values():
+            publish(node, make(served))
+            refused(node, "", reason, message)
 
 
 def test_an_index_must_be_signed_and_whole(node: Machine, served: Index) -> None:
