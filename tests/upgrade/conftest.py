@@ -18,8 +18,6 @@ from tests.variants import PROJECT, Variants, release_lock, replace, with_lock
 
 Wake = Callable[..., Machine]
 SETTINGS = replace("recipes/node-tools/recipe.yaml", 'channel: ""  #', 'channel: "file:///state/channel"  #')
-TRIAL_SECONDS = 240
-TRIAL = replace("recipes/node-tools/recipe.yaml", "trial_seconds: 600", f"trial_seconds: {TRIAL_SECONDS}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def variants(tmp_path_factory: pytest.TempPathFactory) -> Variants:
     """Builds releases; all of them start from Debian 13 without its updates unless an edit says otherwise."""
     old = release_lock(Options(PROJECT).cache)
-    return Variants(tmp_path_factory.mktemp("variants"), (with_lock(old), SETTINGS, TRIAL))
+    return Variants(tmp_path_factory.mktemp("variants"), (with_lock(old), SETTINGS))
 
 
 @pytest.fixture(scope="session")

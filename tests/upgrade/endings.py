@@ -60,16 +60,16 @@ def came_back(node: Machine, *rows: str, version: str = "1.0") -> dict[str, Any]
 def undone(node: Machine) -> None:
     """A first look between several attempts in one test; `came_back` is the thorough one."""
     found = node.status()
-    assert (found["version"], found["unfinished"]) == ("1.0", None), found
+    assert (found["version"], found["unfinished"]) == ("1.0", None), str(found)
     assert left_files(node) == []
 
 
 def settled(node: Machine, version: str) -> dict[str, Any]:
     """No upgrade is unfinished, that release runs and serves, and nothing is left behind; the status."""
     found = node.status()
-    assert (found["version"], found["unfinished"]) == (version, None), found
+    assert (found["version"], found["unfinished"]) == (version, None), str(found)
     assert found["next_boot"] == {"release": found["release"], "data": found["data"]}
-    node.ssh("/opt/samepage/bin/samepage-health --wait 200")
+    node.ssh("/opt/samepage/bin/samepage-health --wait 500")
     assert node.client().call("Items.getList", query="", limit=1, offset=0) is not None
     kept = {found["data"]} | {one["data"] for one in found["releases"].values()} - {None}
     assert {int(name) for name in node.ssh("ls /state/data").split()} == kept
