@@ -18,7 +18,7 @@ bench: ## Measure the promises about speed and size
 
 check: ## Validate the recipes, lint, check types, run the fast tests
 	./build.py check >/dev/null
-	./build.py test --lint tests/unit
+	./build.py test --lint -n auto tests/unit
 
 clean: ## Remove what was built here
 	./build.py clean

@@ -57,11 +57,12 @@ def came_back(node: Machine, *rows: str, version: str = "1.0") -> dict[str, Any]
     return dict(found["last"])
 
 
-def undone(node: Machine) -> None:
-    """A first look between several attempts in one test; `came_back` is the thorough one."""
+def undone(node: Machine) -> dict[str, Any]:
+    """A first look between several attempts in one test; `came_back` is the thorough one. The last entry."""
     found = node.status()
     assert (found["version"], found["unfinished"]) == ("1.0", None), str(found)
     assert left_files(node) == []
+    return dict(found["last"])
 
 
 def settled(node: Machine, version: str) -> dict[str, Any]:
