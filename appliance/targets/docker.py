@@ -10,6 +10,7 @@ import io
 import json
 import os
 import tarfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,15 +77,13 @@ class Docker(Target):
                 )  # fmt: skip
                 save(instance)
             except BaseException:
-                container.remove(force=True, v=True)
+                remove(client, container.name)
                 raise
         return instance
 
     def down(self, instance: Instance) -> None:
-        from docker.errors import NotFound
-
-        with engine() as client, suppress(NotFound):
-            client.containers.get(instance.details["container"]).remove(force=True, v=True)
+        with engine() as client:
+            remove(client, instance.details["container"])
 
     def state(self, instance: Instance) -> State:
         from docker.errors import NotFound
@@ -118,6 +117,25 @@ class Docker(Target):
         with engine() as client:
             log: bytes = client.containers.get(instance.details["container"]).logs()
         return log.decode(errors="replace").rstrip()
+
+
+def remove(client: Any, name: str, pauses: Sequence[float] = (0, 0.2, 1, 5, 10)) -> None:
+    """End a container and remove it with its volumes. Raises NodeError when it is there after all these seconds.
+
+    The engine's "not found" may mean the process it was to end: that of a container in the first moments of its start.
+    """
+    from docker.errors import NotFound
+
+    for pause in (*pauses, None):
+        try:
+            container = client.containers.get(name)
+        except NotFound:
+            return
+        if pause is None:
+            raise NodeError(f"the container {name} cannot be removed", hint=f"remove it with: docker rm -f {name}")
+        time.sleep(pause)
+        with suppress(NotFound):
+            container.remove(force=True, v=True)
 
 
 def ensure_image(client: Any, description: Path) -> str:
