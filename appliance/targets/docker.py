@@ -10,7 +10,6 @@ import io
 import json
 import os
 import tarfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -77,13 +76,15 @@ class Docker(Target):
                 )  # fmt: skip
                 save(instance)
             except BaseException:
-                remove(client, container.name)
+                container.remove(force=True, v=True)
                 raise
         return instance
 
     def down(self, instance: Instance) -> None:
-        with engine() as client:
-            remove(client, instance.details["container"])
+        from docker.errors import NotFound
+
+        with engine() as client, suppress(NotFound):
+            client.containers.get(instance.details["container"]).remove(force=True, v=True)
 
     def state(self, instance: Instance) -> State:
         from docker.errors import NotFound
@@ -117,25 +118,6 @@ class Docker(Target):
         with engine() as client:
             log: bytes = client.containers.get(instance.details["container"]).logs()
         return log.decode(errors="replace").rstrip()
-
-
-def remove(client: Any, name: str, pauses: Sequence[float] = (0, 0.2, 1, 5, 10)) -> None:
-    """End a container and remove it with its volumes. Raises NodeError when it is there after all these seconds.
-
-    The engine's "not found" may mean the process it was to end: that of a container in the first moments of its start.
-    """
-    from docker.errors import NotFound
-
-    for pause in (*pauses, None):
-        try:
-            container = client.containers.get(name)
-        except NotFound:
-            return
-        if pause is None:
-            raise NodeError(f"the container {name} cannot be removed", hint=f"remove it with: docker rm -f {name}")
-        time.sleep(pause)
-        with suppress(NotFound):
-            container.remove(force=True, v=True)
 
 
 def ensure_image(client: Any, description: Path) -> str:
