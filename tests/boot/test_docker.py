@@ -23,6 +23,15 @@ PROJECT = Path(__file__).parents[2]
 NAME = "test-docker"
 
 
+def containers() -> set[str]:
+    """Names of the engine's containers of these tests; a run that was killed may have left some."""
+    client = docker.from_env()
+    try:
+        return {one.name for one in client.containers.list(all=True) if NAME in one.name}
+    finally:
+        client.close()
+
+
 @pytest.fixture(scope="module")
 def container(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """A healthy node under the engine, as `up --json` describes it."""
@@ -31,6 +40,7 @@ def container(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, An
     note = tmp_path_factory.mktemp("docker") / "note"
     note.write_text("hello")
     with docker_engine():
+        before = containers()
         try:
             assert (
                 cli.main(
@@ -41,9 +51,7 @@ def container(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, An
             yield {"instance": base.find(PROJECT, NAME)}
         finally:
             cli.main(["down", "--name", NAME])
-            client = docker.from_env()
-            assert not [one.name for one in client.containers.list(all=True) if NAME in one.name]
-            client.close()
+            assert not containers() - before
             assert not (base.nodes_folder(PROJECT) / NAME).exists()
 
 
@@ -104,7 +112,7 @@ def test_status_and_ssh(container: dict[str, Any], capfd: pytest.CaptureFixture[
 
 @pytest.mark.usefixtures("container")
 def test_cancelled_up_leaves_nothing(tmp_path: Path) -> None:
-    name = f"{NAME}-cancelled"
+    name, before = f"{NAME}-cancelled", containers()
     log = tmp_path / "log"
     with log.open("w") as stream:
         command = [sys.executable, "-m", "appliance", "up", "--target", "docker", "--name", name]
@@ -115,7 +123,5 @@ def test_cancelled_up_leaves_nothing(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         status = process.wait(60)
     assert status == 130, log.read_text()
-    client = docker.from_env()
-    assert not [one.name for one in client.containers.list(all=True) if name in one.name]
-    client.close()
+    assert not containers() - before
     assert not (base.nodes_folder(PROJECT) / name).exists()
