@@ -60,7 +60,7 @@ def came_back(node: Machine, *rows: str, version: str = "1.0") -> dict[str, Any]
 def undone(node: Machine) -> dict[str, Any]:
     """A first look between several attempts in one test; `came_back` is the thorough one. The last entry."""
     found = node.status()
-    assert (found["version"], found["unfinished"]) == ("1.0", None), str(found)
+    assert (found["version"], found["unfinished"]) == ("1.0", None), found
     assert left_files(node) == []
     return dict(found["last"])
 
@@ -68,7 +68,7 @@ def undone(node: Machine) -> dict[str, Any]:
 def settled(node: Machine, version: str) -> dict[str, Any]:
     """No upgrade is unfinished, that release runs and serves, and nothing is left behind; the status."""
     found = node.status()
-    assert (found["version"], found["unfinished"]) == (version, None), str(found)
+    assert (found["version"], found["unfinished"]) == (version, None), found
     assert found["next_boot"] == {"release": found["release"], "data": found["data"]}
     node.ssh("/opt/samepage/bin/samepage-health --wait 500")
     assert node.client().call("Items.getList", query="", limit=1, offset=0) is not None

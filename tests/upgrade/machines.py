@@ -107,7 +107,7 @@ class Machine:
 
     def status(self) -> dict[str, Any]:
         found = self.tool("status")[1]
-        assert found["status"] == 0, str(found)
+        assert found["status"] == 0, found
         return found
 
     def wait_healthy(self) -> None:

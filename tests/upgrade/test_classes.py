@@ -46,7 +46,7 @@ def test_changed_template_reloads_one_unit_and_nothing_else(node: Machine, varia
     variants.release("1.1", NGINX)
     before, main = node.invocations(), node.ssh("systemctl show -p MainPID --value nginx")
     status, found = node.upgrade(variants.bundle("1.0", "1.1"))
-    assert (status, found["outcome"], found["class"]) == (0, "committed", "live"), str(found)
+    assert (status, found["outcome"], found["class"]) == (0, "committed", "live"), found
     assert found["units"] == {"nginx.service": "reload"}
     assert changed(before, node.invocations()) == set()
     assert node.ssh("systemctl show -p MainPID --value nginx") == main
@@ -62,7 +62,7 @@ def test_changed_unit_file_restarts_that_unit_only(node: Machine, variants: Vari
     variants.release("1.2", WORKER)
     before = node.invocations()
     status, found = node.upgrade(variants.bundle("1.0", "1.2"))
-    assert (status, found["class"], found["units"]) == (0, "live", {"samepage-worker.service": "restart"}), str(found)
+    assert (status, found["class"], found["units"]) == (0, "live", {"samepage-worker.service": "restart"}), found
     assert changed(before, node.invocations()) == {"samepage-worker.service"}
     assert node.ssh("systemctl show -p Description --value samepage-worker").strip() == "A worker"
 
@@ -74,7 +74,7 @@ def test_live_upgrade_of_the_product_fails_no_request(
     before = node.invocations()
     with Load(node) as load:
         status, found = node.upgrade(variants.bundle("1.0", "1.3"))
-        assert (status, found["outcome"], found["class"]) == (0, "committed", "live"), str(found)
+        assert (status, found["outcome"], found["class"]) == (0, "committed", "live"), found
         assert found["units"] == {"samepage.service": "restart", "samepage-worker.service": "restart"}
         back, rolled = node.tool("rollback", "--data=keep", "--yes")
     record_property("load", load.figures())
@@ -96,7 +96,7 @@ def test_new_userspace_under_the_same_kernel_is_a_soft_reboot(
     boot, data = node.boot(), node.status()["data"]
     with Load(node) as load:
         _, found = node.upgrade(variants.bundle("1.0", "1.4"))
-        assert (found["outcome"], found["class"]) == ("committed", "soft-reboot"), str(found)
+        assert (found["outcome"], found["class"]) == ("committed", "soft-reboot"), found
     record_property("load", load.figures())
     assert load.failures == []
     assert node.boot() == boot
@@ -139,7 +139,7 @@ def test_new_kernel_is_a_reboot(node: Machine, variants: Variants) -> None:
         pytest.skip(f"Debian has no newer kernel than the release's own {old} today")
     boot = node.boot()
     status, found = node.upgrade(variants.bundle("1.0", "2.0"))
-    assert (status, found["outcome"], found["class"]) == (4, "committed", "reboot"), str(found)
+    assert (status, found["outcome"], found["class"]) == (4, "committed", "reboot"), found
     assert node.boot() != boot
     assert node.ssh("uname -r").strip() == made.manifest.kernel.version
     assert "before" in node.titles()

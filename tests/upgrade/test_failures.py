@@ -88,7 +88,7 @@ def test_refused_configuration_is_swapped_back_and_not_tried_again(
 
     def fails(*words: str) -> None:
         status, found = node.tool(*words)
-        assert (status, found["outcome"], found["class"]) == (5, "rolled-back", "live"), str(found)
+        assert (status, found["outcome"], found["class"]) == (5, "rolled-back", "live"), found
         assert 'invalid value "perhaps" in "sendfile" directive' in found["message"]
         came_back(node)
         assert "sendfile on;" in node.ssh("cat /etc/nginx/nginx.conf")
@@ -98,7 +98,7 @@ def test_refused_configuration_is_swapped_back_and_not_tried_again(
     fails()
     told_why(node, "rolled-back at migrate", 'invalid value "perhaps" in "sendfile" directive')
     status, found = node.tool()
-    assert (status, found["outcome"]) == (2, "nothing"), str(found)
+    assert (status, found["outcome"]) == (2, "nothing"), found
     assert "was tried and did not stay" in found["message"]
     assert "perhaps" in found["message"]
     assert "--retry" in found["hint"]
@@ -111,7 +111,7 @@ def test_failing_probe(node: Machine, variants: Variants) -> None:
     variants.release("4.1", BAD_PROBE)
     impatient(node, 20)
     status, found = node.upgrade(variants.bundle("1.0", "4.1"))
-    assert (status, found["outcome"], found["class"]) == (5, "rolled-back", "live"), str(found)
+    assert (status, found["outcome"], found["class"]) == (5, "rolled-back", "live"), found
     last = came_back(node)
     assert (last["state"], last["outcome"]) == ("health", "rolled-back")
     told_why(node, "rolled-back at health", "never: ")
@@ -128,7 +128,7 @@ def test_service_that_does_not_start(
     boot = node.boot()
     with Load(node) as load:
         status, found = node.upgrade(variants.bundle("1.0", "4.2"))
-        assert (status, found["outcome"], found["class"]) == (5, "rolled-back", "live"), str(found)
+        assert (status, found["outcome"], found["class"]) == (5, "rolled-back", "live"), found
         assert "this release cannot serve" in found["message"]
         last = node.over()
     record_property("load", load.figures())
@@ -151,7 +151,7 @@ def test_migration_that_fails(node: Machine, variants: Variants, version: str, e
     applied = sql(node, "select level, checksum, applied_at::text from schema_migrations order by level")
     node.client().call("Items.create", title="just before", body="written just before the upgrade")
     status, found = node.upgrade(variants.bundle("1.0", version))
-    assert (status, found["outcome"], found["class"]) == (5, "rolled-back", "live"), str(found)
+    assert (status, found["outcome"], found["class"]) == (5, "rolled-back", "live"), found
     node.over()
     came_back(node, "just before")
     told_why(node, "rolled-back at migrate", 'relation "paintings" does not exist')
@@ -170,7 +170,7 @@ def test_front_door_that_does_not_open(
     variants.release("4.5", PRODUCT, BAD_DOOR)
     with Load(node) as load:
         status, found = node.upgrade(variants.bundle("1.0", "4.5"))
-        assert (status, found["outcome"], found["class"]) == (5, "rolled-back", "live"), str(found)
+        assert (status, found["outcome"], found["class"]) == (5, "rolled-back", "live"), found
         assert found["units"][DOOR] == "restart"
         last = node.over()
     record_property("load", load.figures())
@@ -188,7 +188,7 @@ def test_service_that_does_not_start_after_a_soft_reboot(
     boot = node.boot()
     with Load(node) as load:
         status, last = node.upgrade(variants.bundle("1.0", "4.6"))
-        assert (status, last["outcome"], last["class"]) == (4, "rolled-back", "soft-reboot"), str(last)
+        assert (status, last["outcome"], last["class"]) == (4, "rolled-back", "soft-reboot"), last
     record_property("load", load.figures())
     assert load.failures == []
     came_back(node, *load.written)
@@ -204,7 +204,7 @@ def test_judge_that_fails(node: Machine, variants: Variants) -> None:
     )
     variants.release("4.7", USERSPACE, broken)
     status, last = node.upgrade(variants.bundle("1.0", "4.7"))
-    assert (status, last["outcome"], last["class"]) == (4, "rolled-back", "soft-reboot"), str(last)
+    assert (status, last["outcome"], last["class"]) == (4, "rolled-back", "soft-reboot"), last
     came_back(node)
 
 
@@ -217,7 +217,7 @@ def test_kernel_that_panics(node: Machine, variants: Variants, monkeypatch: pyte
     boot = node.boot()
     node.client().call("Items.create", title="just before", body="written just before the upgrade")
     status, last = node.upgrade(variants.bundle("1.0", "4.8"))
-    assert (status, last["outcome"], last["class"]) == (4, "rolled-back", "reboot"), str(last)
+    assert (status, last["outcome"], last["class"]) == (4, "rolled-back", "reboot"), last
     assert "Kernel panic" in node.log()
     came_back(node, "just before")
     told_why(node, "rolled-back at switch", "its kernel stopped: the machine restarted by itself")
@@ -234,7 +234,7 @@ def test_boot_that_hangs(node: Machine, variants: Variants, monkeypatch: pytest.
     impatient(node, 60)
     node.client().call("Items.create", title="just before", body="written just before the upgrade")
     status, last = node.upgrade(variants.bundle("1.0", "4.9"))
-    assert (status, last["outcome"], last["class"]) == (4, "rolled-back", "reboot"), str(last)
+    assert (status, last["outcome"], last["class"]) == (4, "rolled-back", "reboot"), last
     came_back(node, "just before")
     told_why(node, "rolled-back at switch", "did not become healthy in its time")
 
@@ -251,7 +251,7 @@ def test_release_that_cannot_be_read(node: Machine, variants: Variants, monkeypa
     node.tool("install", put_bundle(node, variants.bundle("4.10", "4.11")), "--stop-before", "switch")
     node.ssh(f"dd if=/dev/zero of=/state/layers/app-{app}.erofs bs=4096 count=1 conv=notrunc 2>&1")
     status, found = node.tool("commit")
-    assert (status, found["outcome"], found["class"]) == (4, "restarting", "reboot"), str(found)
+    assert (status, found["outcome"], found["class"]) == (4, "restarting", "reboot"), found
     assert node.over()["outcome"] == "rolled-back"
     assert "restarting with the one that is chosen" in node.log()
     came_back(node, "just before", version="4.10")

@@ -82,7 +82,7 @@ def kill_in(node: Machine, state: str, signal: int = 9, file: str = CGROUP) -> N
 
 def stop(node: Machine, bundle: str, state: str) -> dict[str, Any]:
     status, found = node.tool("install", bundle, "--stop-before", state)
-    assert (status, found["outcome"]) == (0, "stopped"), str(found)
+    assert (status, found["outcome"]) == (0, "stopped"), found
     return found
 
 
@@ -96,21 +96,21 @@ def test_what_each_state_promises(node: Machine, product: Path) -> None:
     begun = node.status()
 
     status, found = node.tool("install", place, "--stop-before", "stage")
-    assert (status, found["outcome"]) == (0, "stopped"), str(found)
+    assert (status, found["outcome"]) == (0, "stopped"), found
     assert node.status() == begun
     status, found = node.tool("install", place, "--stop-before", "plan")
-    assert (status, found["outcome"], found["class"]) == (0, "planned", "live"), str(found)
+    assert (status, found["outcome"], found["class"]) == (0, "planned", "live"), found
     assert set(node.status()["releases"]) == {"1.0", "5.1"}
     settled(node, "1.0")
 
     stop(node, place, "hold")
     refused, found = node.tool("install", place)
-    assert (refused, found["reason"]) == (3, "unfinished"), str(found)
+    assert (refused, found["reason"]) == (3, "unfinished"), found
     entered = "plan"
     for state in STATES:
         if state != "hold":
             status, found = node.tool("commit", "--stop-before", state)
-            assert (status, found["outcome"]) == (0, "stopped"), str(found)
+            assert (status, found["outcome"]) == (0, "stopped"), found
         reached = STATES.index(state)
         journal = written_journal(node)
         assert journal is not None
@@ -130,7 +130,7 @@ def test_what_each_state_promises(node: Machine, product: Path) -> None:
         assert (node.invocations().get("samepage.service") == old) == (reached <= 3)
         entered = state
     status, found = node.tool("commit")
-    assert (status, found["outcome"]) == (0, "committed"), str(found)
+    assert (status, found["outcome"]) == (0, "committed"), found
     found = settled(node, "5.1")
     assert found["releases"]["1.0"]["data"] == 2
     assert {"before", "just before"} <= node.titles()
@@ -143,7 +143,7 @@ def test_called_off_before_anything_is_switched(node: Machine, product: Path) ->
     for state in ("hold", "snapshot", "switch"):
         stop(node, place, state)
         status, found = node.tool("rollback")
-        assert (status, found["outcome"], found["message"]) == (1, "failed", "it was called off"), str(found)
+        assert (status, found["outcome"], found["message"]) == (1, "failed", "it was called off"), found
         undone(node)
         assert node.ssh("ls /state/data").split() == ["1"]
     came_back(node)
@@ -158,7 +158,7 @@ def test_called_off_later(node: Machine, product: Path, state: str) -> None:
     """Up to the moment when clients are let in, even after the commit."""
     stop(node, put_bundle(node, product), state)
     status, found = node.tool("rollback")
-    assert (status, found["outcome"]) == (5, "rolled-back"), str(found)
+    assert (status, found["outcome"]) == (5, "rolled-back"), found
     node.over()
     came_back(node)
     told_why(node, "it was called off")
@@ -180,7 +180,7 @@ def test_called_off_where_no_data_is_concerned(node: Machine, nginx: Path) -> No
 def test_door_of_a_stopped_trial_stays_shut(node: Machine, userspace: Path) -> None:
     boot = node.boot()
     status, found = node.tool("install", put_bundle(node, userspace), "--stop-before", "commit")
-    assert (status, found["outcome"], found["class"]) == (4, "restarting", "soft-reboot"), str(found)
+    assert (status, found["outcome"], found["class"]) == (4, "restarting", "soft-reboot"), found
     TARGET.hang_up(node.instance)
 
     def stopped() -> bool:
@@ -192,7 +192,7 @@ def test_door_of_a_stopped_trial_stays_shut(node: Machine, userspace: Path) -> N
     assert node.status()["next_boot"] == {"release": "1.0", "data": 2}
     assert node.ssh(f"systemctl show -p ActiveState --value {DOOR}").strip() == "inactive"
     status, found = node.tool("commit")
-    assert (status, found["outcome"]) == (0, "committed"), str(found)
+    assert (status, found["outcome"]) == (0, "committed"), found
     settled(node, "5.3")
     assert "before" in node.titles()
     assert node.boot() == boot
@@ -219,7 +219,7 @@ def test_restart_before_the_commit(node: Machine, product: Path, state: str, how
     boot = node.boot()
     restart(node, how)
     last = node.over()
-    assert last["outcome"] == ("failed" if state == "switch" else "rolled-back"), str(last)
+    assert last["outcome"] == ("failed" if state == "switch" else "rolled-back"), last
     came_back(node)
     told_why(node, "the machine was restarted")
     assert node.boot() != boot
@@ -254,7 +254,7 @@ def test_killed_where_no_data_is_concerned(node: Machine, nginx: Path, states: t
             assert node.tool("rollback")[0] == 0
             undone(node)
         else:
-            assert (status, found["outcome"]) == (5, "rolled-back"), str(found)
+            assert (status, found["outcome"]) == (5, "rolled-back"), found
             assert state != "open"
             assert undone(node)["reason"] == "the upgrade's process was ended"
     came_back(node)
@@ -267,7 +267,7 @@ def test_killed_before_anything_is_switched(node: Machine, product: Path) -> Non
     for state in ("hold", "snapshot"):
         kill_in(node, state)
         status, found = node.tool("install", place)
-        assert (status, found["outcome"]) == (1, "failed"), str(found)
+        assert (status, found["outcome"]) == (1, "failed"), found
         undone(node)
         assert node.ssh("ls /state/data").split() == ["1"]
     came_back(node)
@@ -286,7 +286,7 @@ def test_killed_later(node: Machine, product: Path, state: str) -> None:
         settled(node, "5.1")
         assert "before" in node.titles()
         return
-    assert (status, found["outcome"]) == (5, "rolled-back"), str(found)
+    assert (status, found["outcome"]) == (5, "rolled-back"), found
     assert state != "open"
     node.over()
     came_back(node)
@@ -334,7 +334,7 @@ def test_one_at_a_time_and_a_lost_connection(node: Machine, nginx: Path) -> None
     wait_until(lambda: '"migrate"' in node.run(f"cat {JOURNAL}")[1], "the first upgrade is under way")
     for verb in (("install", place), ("rollback",), ("commit",)):
         status, found = node.tool(*verb)
-        assert (status, found["outcome"]) == (6, "locked"), str(found)
+        assert (status, found["outcome"]) == (6, "locked"), found
     first.kill()
     first.wait()
     TARGET.hang_up(node.instance)

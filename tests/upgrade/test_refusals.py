@@ -299,10 +299,10 @@ def test_a_bundle_in_the_channel_must_be_the_one_in_the_index(node: Machine, ser
     node.ssh(f"cp {file} /tmp/kept; printf x | dd of={file} bs=1 seek=300 conv=notrunc status=none")
     before = node.invocations()
     status, found = node.tool()
-    assert (status, found["reason"]) == (3, "damaged"), str(found)
+    assert (status, found["reason"]) == (3, "damaged"), found
     node.ssh(f"truncate -s 200 {file}")
     status, found = node.tool()
-    assert (status, found["outcome"], found["reason"]) == (1, "failed", "not-fetched"), str(found)
+    assert (status, found["outcome"], found["reason"]) == (1, "failed", "not-fetched"), found
     assert found["hint"] not in found["message"]
     node.ssh(f"mv /tmp/kept {file}")
     assert node.status()["release"] == "1.0"
@@ -320,7 +320,7 @@ def test_a_key_revoked_by_the_channel_signs_no_bundle(node: Machine, served: Ind
     node.put(dump_key(OTHER.public, PUBLIC, "the site"), "/state/upgrade/keys/site.pub")
     publish(node, served._replace(bundles=(entry, served.bundles[1]), revoked=frozenset({OTHER.id})))
     status, found = node.tool()
-    assert (status, found["outcome"], found["reason"]) == (3, "refused", "revoked-key"), str(found)
+    assert (status, found["outcome"], found["reason"]) == (3, "refused", "revoked-key"), found
     assert node.status()["release"] == "1.0"
     node.ssh(f"rm -r /state/upgrade/keys {CHANNEL}/{path.name}")
     publish(node, served)
@@ -331,7 +331,7 @@ def test_a_bare_call_upgrades_through_all_bundles(node: Machine, served: Index) 
     status, planned = node.tool("plan")
     assert (status, planned["from"], planned["to"], planned["class"]) == (0, "1.0", "6.2", "live")
     status, found = node.tool()
-    assert (status, found["outcome"], found["from"], found["to"]) == (0, "committed", "1.0", "6.2"), str(found)
+    assert (status, found["outcome"], found["from"], found["to"]) == (0, "committed", "1.0", "6.2"), found
     assert found["units"] == {"nginx.service": "reload"}
     assert "worker_connections 1002;" in node.ssh("cat /etc/nginx/nginx.conf")
     assert node.ssh("ls -A /state/upgrade/incoming") == ""
@@ -349,10 +349,10 @@ def test_a_downgrade_must_be_allowed(node: Machine, chain: Variants) -> None:
     with nothing_happens(node):
         refused(node, f"install {place}", "downgrade", "older than 6.2")
     status, found = node.tool(f"install {place} --allow-downgrade")
-    assert (status, found["outcome"], found["to"]) == (0, "committed", "6.1"), str(found)
+    assert (status, found["outcome"], found["to"]) == (0, "committed", "6.1"), found
     assert "worker_connections 1001;" in node.ssh("cat /etc/nginx/nginx.conf")
     status, found = node.tool("rollback --yes")
-    assert (status, found["outcome"], found["to"]) == (0, "committed", "6.2"), str(found)
+    assert (status, found["outcome"], found["to"]) == (0, "committed", "6.2"), found
 
 
 SERVER = """
@@ -376,7 +376,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(node: Machine, chain: V
     url = node.ssh("head -n 1 /tmp/web/log").strip()
     progress = "--progress-fd 3 3>/tmp/progress"
     status, found = node.tool(f"install {url}/next.bundle {progress}")
-    assert (status, found["outcome"], found["to"]) == (0, "committed", "6.3"), str(found)
+    assert (status, found["outcome"], found["to"]) == (0, "committed", "6.3"), found
     node.ssh("while kill -0 $(cat /tmp/web/pid) 2>/dev/null; do sleep 0.2; done")
     assert node.ssh("cat /tmp/web/log").splitlines()[1:] == ["", "bytes=300-", "bytes=500-"]
     events = [json.loads(line) for line in node.ssh("cat /tmp/progress").splitlines()]
@@ -398,14 +398,14 @@ def test_what_is_downloaded_is_upgraded_to_later(node: Machine, served: Index, c
     publish(node, served._replace(counter=3, releases=(ReleaseEntry("6.4", goal),), bundles=(entry,)))
     before = node.invocations()
     status, found = node.tool("--download-only")
-    assert (status, found["outcome"], found["from"], found["to"]) == (0, "downloaded", "6.3", "6.4"), str(found)
+    assert (status, found["outcome"], found["from"], found["to"]) == (0, "downloaded", "6.3", "6.4"), found
     after = node.status()
     assert (after["release"], after["unfinished"]) == ("6.3", None)
     assert "6.4" in after["releases"]
     assert changed(before, node.invocations()) == set()
     node.ssh(f"rm {CHANNEL}/{path.name}")
     status, found = node.tool()
-    assert (status, found["outcome"], found["to"]) == (0, "committed", "6.4"), str(found)
+    assert (status, found["outcome"], found["to"]) == (0, "committed", "6.4"), found
 
 
 # --- retention -------------------------------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ def test_only_so_many_releases_and_their_data_stay(node: Machine, chain: Variant
     assert kept(node) == ({"6.2", "6.3", "6.4"}, {1})
     for start, goal in (("6.4", "6.5"), ("6.5", "6.6")):
         status, found = node.upgrade(chain.bundle(start, goal))
-        assert (status, found["outcome"], found["holds"]) == (0, "committed", True), str(found)
+        assert (status, found["outcome"], found["holds"]) == (0, "committed", True), found
     releases, data = kept(node)
     found = node.status()
     left = {one["data"] for one in found["releases"].values()}
@@ -441,7 +441,7 @@ def test_data_goes_with_its_release(node: Machine, chain: Variants) -> None:
     leaves = node.status()["releases"]["6.4"]["data"]
     place = node.put(chain.bundle("6.6", "6.1"), "/tmp/down.bundle")
     status, found = node.tool(f"install {place} --allow-downgrade")
-    assert (status, found["outcome"]) == (0, "committed"), str(found)
+    assert (status, found["outcome"]) == (0, "committed"), found
     releases, data = kept(node)
     assert releases == {"6.1", "6.5", "6.6"}
     assert leaves in before
