@@ -32,7 +32,7 @@ def option(words: list[str], name: str, containing: str = "") -> str:
 def test_emulation_uses_every_thread(tmp_path: Path) -> None:
     words = line(tmp_path)
     assert option(words, "-accel") == "tcg,thread=multi"
-    assert option(words, "-cpu") == qemu.EMULATED_CPU
+    assert option(words, "-cpu") == "max,-avx,-avx2,-erms"
     assert "-daemonize" in words
 
 
