@@ -9,8 +9,11 @@ from appliance.model import ARCHITECTURE, Kernel, Layer, Lock, Model, Package, R
 from appliance.node.release import File, KernelRecord, LayerRecord, Manifest, PackageRecord, ReleaseError, dump, parse
 
 # Both consoles; the last one is /dev/console. Rate limits would hide what a failing boot says. Huge pages do a small
-# node no good: the kernel sets 100 MB aside for making them, and Valkey's forks suffer from them.
-CMDLINE = "console=tty0 console=ttyS0,115200 quiet loglevel=3 panic=30 transparent_hugepage=never"
+# node no good: the kernel sets 100 MB aside for making them, and Valkey's forks suffer from them. Security modules:
+# those that work without a policy, as no other has one here; for BPF's the service manager loads a program each time.
+CMDLINE = (
+    "console=tty0 console=ttyS0,115200 quiet loglevel=3 panic=30 transparent_hugepage=never lsm=landlock,lockdown,yama"
+)
 
 
 def make(model: Model, lock: Lock, layers: Iterable[Layer], kernel: Kernel, packages: Iterable[Package]) -> Release:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from appliance.node.probes import Outcome, Probe, ProbeError, output_of, run_probes, unit_states
 
@@ -129,11 +130,12 @@ class Health:
 
 
 def examine(
-    recipes: Mapping[str, Sequence[Probe]], states: Mapping[str, tuple[str, str]] | None = None, *, system: bool = True
-) -> Health:
+    recipes: Mapping[str, Sequence[Probe]], states: Mapping[str, tuple[str, str]] | None = None,
+    known: Mapping[Probe, Outcome] = MappingProxyType({}), *, system: bool = True,
+) -> Health:  # fmt: skip
     """One round: every probe of `recipes`, and the node as a whole unless `system` is false, all at the same time.
 
-    `states`: those of the units, where they have just been asked for.
+    `states` of the units and `known` outcomes: what has just been asked for.
     """
     problem = ""
     if not states:
@@ -148,7 +150,10 @@ def examine(
     probes = [probe for group in recipes.values() for probe in group]
     found: dict[str, list[Outcome]] = {name: [] for name in recipes}
     bad = failed_units(states) if system else []
-    for probe, outcome in zip(probes, run_probes(probes, states), strict=True):
+    rest = [probe for probe in probes if probe not in known]
+    outcomes = {**known, **dict(zip(rest, run_probes(rest, states), strict=True))}
+    for probe in probes:
+        outcome = outcomes[probe]
         found[probe.recipe].append(outcome)
         if probe.kind == "unit" and not outcome.ok and probe.target not in bad:
             bad.append(probe.target)
@@ -157,37 +162,39 @@ def examine(
     return Health(found, probe_system(states, problem, cycle[0]) if system else [], bad)
 
 
-def settle(probes: Sequence[Probe], deadline: float) -> Mapping[str, tuple[str, str]] | None:
-    """Wait until connections are accepted and then units active; the states of the units at that time.
+def settle(
+    probes: Sequence[Probe], deadline: float
+) -> tuple[Mapping[str, tuple[str, str]] | None, Mapping[Probe, Outcome]]:
+    """Wait until connections are accepted and then units active.
 
-    None where a unit has failed or the time is over. A starting node has better things to do than to answer: accepted
-    connections are not asked for again, units seldom before that, and probes that are programs of their own not at all.
+    Returns the states of the units, None where one has failed or the time is over, and the outcomes of that moment. A
+    starting node has better things to do than to answer: accepted connections are not asked for again, units seldom
+    before that, and probes that are programs of their own not at all.
     """
     units = [probe for probe in probes if probe.kind == "unit"]
     connections = [probe for probe in probes if probe.kind not in ("unit", "command")]
     pause, dear_pause = 0.25, DEAR_AFTER
     dear_at = time.monotonic() + dear_pause
     while True:
-        connections = unsuccessful(connections, {})
+        asked = dict(zip(connections, run_probes(connections, {}), strict=True))
+        connections = [probe for probe, outcome in asked.items() if not outcome.ok]
         if not connections or time.monotonic() >= dear_at:
             states: Mapping[str, tuple[str, str]] = {}
             with contextlib.suppress(OSError):  # asked again, and told by the examination that follows
                 states = unit_states()
             if failed_units(states):
-                return None
-            if not connections and not unsuccessful(units, states):
-                return states
+                return None, {}
+            if not connections:
+                asked |= zip(units, run_probes(units, states), strict=True)
+                if all(outcome.ok for outcome in asked.values()):
+                    return states, asked
             dear_pause = min(dear_pause * 1.5, 3 * DEAR_AFTER)
             dear_at = time.monotonic() + dear_pause
         left = deadline - time.monotonic()
         if left <= 0:
-            return None
+            return None, {}
         time.sleep(min(pause, left))
         pause = min(pause * 1.2, 1.0)
-
-
-def unsuccessful(probes: Sequence[Probe], states: Mapping[str, tuple[str, str]]) -> list[Probe]:
-    return [probe for probe, outcome in zip(probes, run_probes(probes, states), strict=True) if not outcome.ok]
 
 
 def wait_healthy(
@@ -200,8 +207,8 @@ def wait_healthy(
     deadline, pause = time.monotonic() + seconds, 0.25
     probes = [probe for group in recipes.values() for probe in group]
     while True:
-        states = settle(probes, deadline) if seconds else None
-        health = examine(recipes, states, system=system)
+        states, known = settle(probes, deadline) if seconds else (None, {})
+        health = examine(recipes, states, known, system=system)
         if health.healthy or health.hopeless or time.monotonic() >= deadline:
             return health, seconds_since_boot() if seconds and health.healthy else None
         probes = [probe for probe in probes if probe.kind == "unit"]  # the others are part of each examination

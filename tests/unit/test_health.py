@@ -395,6 +395,32 @@ def test_waits_no_longer_than_told(folder: Path, manager: dict[str, tuple[str, s
     assert json.loads((folder.parent / "health.json").read_text())["boot_seconds"] is None
 
 
+@pytest.mark.parametrize(("late", "connections"), [(False, 1), (True, 2)])
+def test_what_was_asked_for_just_now_is_not_asked_again(
+    folder: Path, manager: dict[str, tuple[str, str]], late: bool, connections: int
+) -> None:
+    """A node that is found ready is asked once; what accepted before the rest was ready, again with all the others."""
+    states = [("activating", "start")] if late else []
+
+    def unit_states() -> dict[str, tuple[str, str]]:
+        return {**manager, "late.service": states.pop() if states else ("active", "running")}
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        target = f"127.0.0.1:{server.getsockname()[1]}"
+        write(folder, "a", {"name": "one", "kind": "tcp", "target": target}, {
+            "name": "two", "kind": "unit", "target": "late.service"
+        })  # fmt: skip
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(health, "unit_states", unit_states)
+            patched.setattr(health, "DEAR_AFTER", 0.1)
+            assert run(folder, "--wait", "20") == 0
+        for _ in range(connections):
+            server.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
 def test_a_failed_unit_ends_the_wait(folder: Path, manager: dict[str, tuple[str, str]]) -> None:
     manager["bad.service"] = ("activating", "start")
     write(folder, "a", {"name": "two", "kind": "unit", "target": "bad.service"})

@@ -73,9 +73,10 @@ def restarting() -> bool:
 
 
 def shorten_stop() -> None:
-    """Have units do what would make their stop long, such as a database's checkpoint, before clients wait for it."""
+    """Have done what would make the stop long, such as a database's checkpoint, before clients wait for it."""
     with suppress(ServiceError):  # it will take longer
         systemctl("start", BEFORE_HOLD)
+    os.sync()  # as the service manager does in the end
 
 
 def main_process(unit: str) -> int:
