@@ -397,7 +397,7 @@ def test_waits_no_longer_than_told(folder: Path, manager: dict[str, tuple[str, s
 
 @pytest.mark.parametrize(("late", "connections"), [(False, 1), (True, 2)])
 def test_what_was_asked_for_just_now_is_not_asked_again(
-    folder: Path, manager: dict[str, tuple[str, str]], late: bool, connections: int
+    folder: Path, manager: dict[str, tuple[str, str]], monkeypatch: pytest.MonkeyPatch, late: bool, connections: int
 ) -> None:
     """A node that is found ready is asked once; what accepted before the rest was ready, again with all the others."""
     states = [("activating", "start")] if late else []
@@ -405,16 +405,13 @@ def test_what_was_asked_for_just_now_is_not_asked_again(
     def unit_states() -> dict[str, tuple[str, str]]:
         return {**manager, "late.service": states.pop() if states else ("active", "running")}
 
+    monkeypatch.setattr(health, "unit_states", unit_states)
+    late_unit = {"name": "two", "kind": "unit", "target": "late.service"}
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         target = f"127.0.0.1:{server.getsockname()[1]}"
-        write(folder, "a", {"name": "one", "kind": "tcp", "target": target}, {
-            "name": "two", "kind": "unit", "target": "late.service"
-        })  # fmt: skip
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(health, "unit_states", unit_states)
-            patched.setattr(health, "DEAR_AFTER", 0.1)
-            assert run(folder, "--wait", "20") == 0
+        write(folder, "a", {"name": "one", "kind": "tcp", "target": target}, late_unit)
+        assert run(folder, "--wait", "20") == 0
         for _ in range(connections):
             server.accept()[0].close()
         with pytest.raises(BlockingIOError):
