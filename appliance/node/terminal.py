@@ -34,9 +34,15 @@ class Terminal(NamedTuple):
         self._write(f"{text}\n".encode())
 
     def ask(self, question: str) -> str:
-        """The first line that somebody types on any console; empty when all consoles are closed."""
-        self._write(question.encode())
+        """The first line that somebody types on any console; empty when all consoles are closed.
+
+        What a terminal received before the question was no answer to it, and is forgotten.
+        """
         readers = [reader for reader, _ in self.pairs]
+        for reader in readers:
+            with suppress(termios.error):  # a pipe
+                termios.tcflush(reader, termios.TCIFLUSH)
+        self._write(question.encode())
         while readers:
             for reader in select.select(readers, [], [])[0]:
                 try:

@@ -139,10 +139,17 @@ def machine(_machines: Start) -> Iterator[Start]:
 
 @contextmanager
 def choose(node: Node, key: str) -> Iterator[Serial]:
-    """Press a key in the medium's menu, on the serial console; gives the console."""
+    """Press a key in the medium's menu, on the serial console; gives the console.
+
+    Firmware can lose a key while it draws the menu: the menu counts on then, and a person presses again.
+    """
     with node.serial() as serial:
         serial.expect("unattended", DEADLINE)
-        serial.type(key)
+        seen = ""
+        while not seen.startswith("Samepage"):
+            serial.type(key)
+            seen = serial.expect(r"automatically in [0-2]s|Booting `.*'|Samepage \S+ \.\.\.", DEADLINE).group()
+            assert not seen.startswith("Booting"), f"the menu took no key {key}: {seen}"
         yield serial
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pty
+import select
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,6 +196,25 @@ def test_anything_else_calls_it_off(person: Person, terminal: Terminal, answers:
     with pytest.raises(DiskError, match="called off"):
         install.ask_for_disk([disk(), FULL], 4 * GB, terminal)
     person.heard()
+
+
+def test_what_was_typed_before_a_question_is_no_answer() -> None:
+    keyboard, reader = pty.openpty()
+
+    def typing() -> None:
+        said = b""
+        while b"Which?" not in said:
+            said += os.read(keyboard, 4096)
+        os.write(keyboard, b"none\n")
+
+    os.write(keyboard, b"1\n")
+    assert select.select([reader], [], [], 10)[0], "nothing was typed ahead"
+    person = threading.Thread(target=typing)
+    person.start()
+    assert Terminal(((reader, reader),)).ask("Which? ") == "none"
+    person.join()
+    os.close(keyboard)
+    os.close(reader)
 
 
 def test_refusal_is_said_and_is_a_status(
