@@ -278,6 +278,24 @@ def test_the_last_words_of_a_unit_that_ends_are_not_lost(unit: Unit, monkeypatch
     assert asked == ["show"]
 
 
+def test_the_service_manager_is_not_asked_about_a_unit_that_has_processes(
+    unit: Unit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    with_processes = [True, True, False]  # the third time it has none, and has said nothing
+
+    def processes(name: str) -> set[int]:
+        asked.append(name)
+        return {7} if with_processes[len(asked) - 1] else set()
+
+    unit.work = lambda _unit, _request: None
+    monkeypatch.setattr(services, "processes", processes)
+    monkeypatch.setattr(services, "systemctl", lambda *words: asked.append(words[0]) or "inactive\n")
+    monkeypatch.setattr(cli, "_POLL", 0.001)
+    assert main(["--json"]) == 1
+    assert asked == ["samepage-upgrade.service"] * 3 + ["show"]
+
+
 def test_another_upgrade_is_not_disturbed(unit: Unit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with alone(str(unit.lock)):
         assert main(["--json"]) == 6

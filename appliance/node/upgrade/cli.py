@@ -245,8 +245,10 @@ def _take_back() -> bool:
 
 def _unit_runs() -> bool:
     """Raises OSError where there is no answer."""
-    from appliance.node.upgrade.services import ServiceError, systemctl
+    from appliance.node.upgrade.services import ServiceError, processes, systemctl
 
+    if processes(UNIT):  # the service manager, which may be busy with the upgrade, need not be asked
+        return True
     try:
         state = systemctl("show", "-p", "ActiveState", "--value", UNIT).strip()
     except ServiceError as error:
