@@ -141,7 +141,7 @@ def machine(_machines: Start) -> Iterator[Start]:
 def choose(node: Node, key: str) -> Iterator[Serial]:
     """Press a key in the medium's menu, on the serial console; gives the console.
 
-    Firmware can lose a key while it draws the menu: the menu counts on then, and a person presses again.
+    A key can get lost while firmware and menu still draw: the menu counts on then, and a person presses again.
     """
     with node.serial() as serial:
         serial.expect("unattended", DEADLINE)

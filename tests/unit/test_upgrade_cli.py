@@ -282,11 +282,11 @@ def test_the_service_manager_is_not_asked_about_a_unit_that_has_processes(
     unit: Unit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    with_processes = [True, True, False]  # the third time it has none, and has said nothing
+    found = iter([{7}, {7}, set[int]()])  # in the end it has none, and has said nothing
 
     def processes(name: str) -> set[int]:
         asked.append(name)
-        return {7} if with_processes[len(asked) - 1] else set()
+        return next(found)
 
     unit.work = lambda _unit, _request: None
     monkeypatch.setattr(services, "processes", processes)
