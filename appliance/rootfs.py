@@ -346,9 +346,10 @@ def _pack_repository(
     more: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
     """A tar with the packages as a local apt repository, the stage scripts, their configuration, and `more` files."""
+    scratch = {**os.environ, "TMPDIR": str(out.parent)}  # where dpkg-deb unpacks; it leaves that behind when killed
 
     def stanza(package: Package) -> str:
-        control = run(["dpkg-deb", "--field", files[package.sha256]]).stdout.decode().rstrip()
+        control = run(["dpkg-deb", "--field", files[package.sha256]], env=scratch).stdout.decode().rstrip()
         return f"{control}\nFilename: ./{_file_name(package)}\nSize: {package.size}\nSHA256: {package.sha256}\n"
 
     with ThreadPoolExecutor() as pool:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,7 +123,7 @@ def test_killed_at_every_stage(checkout: Path, sound: str, cache: Path, tmp_path
     """SIGKILL to the builder alone: its programs go on for a while beside the next build, as they would."""
     dice = random.Random(20261123)
     dist = tmp_path / "dist"
-    killed = []
+    killed, in_tmp = [], scratch_of_dpkg()
     for stage in STAGES:
         build = Build(checkout, cache, dist, tmp_path / f"{stage}.log")
         if build.wait_for(stage):
@@ -137,6 +138,12 @@ def test_killed_at_every_stage(checkout: Path, sound: str, cache: Path, tmp_path
     [image] = dist.glob("*.iso")
     assert digest(image) == sound
     assert not list((cache / "steps").glob("*/*.partial"))
+    assert scratch_of_dpkg() <= in_tmp
+
+
+def scratch_of_dpkg() -> set[Path]:
+    """Folders in which dpkg-deb unpacks; one that is killed leaves its own behind."""
+    return set(Path(tempfile.gettempdir()).glob("dpkg-deb.*"))
 
 
 def test_cancelled_leaves_nothing_behind(checkout: Path, sound: str, cache: Path, tmp_path: Path) -> None:

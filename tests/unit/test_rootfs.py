@@ -7,6 +7,7 @@ import os
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -80,7 +81,13 @@ def test_a_build_step_and_what_lies_beside_it_are_inputs(model: Model, tmp_path:
 
 
 def test_the_repository_can_be_read_by_whoever_is_root_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rootfs, "run", lambda argv: type("Done", (), {"stdout": f"Package: {argv[2].name}\n".encode()}))
+    scratch = set()
+
+    def control(argv: list[Path], *, env: dict[str, str]) -> CompletedProcess[bytes]:
+        scratch.add(env["TMPDIR"])
+        return CompletedProcess([], 0, f"Package: {argv[2].name}\n".encode())
+
+    monkeypatch.setattr(rootfs, "run", control)
     deb, script = tmp_path / "deb", tmp_path / "script"
     deb.write_bytes(b"deb")
     deb.chmod(0o600)
@@ -94,6 +101,7 @@ def test_the_repository_can_be_read_by_whoever_is_root_there(tmp_path: Path, mon
         index = tar.extractfile("Packages")
         assert index is not None
         assert "Filename: ./one_1_all.deb\n" in index.read().decode()
+    assert scratch == {str(tmp_path)}  # beside the tar, where a killed dpkg-deb's folder goes with the build's own
     assert modes["one_1_all.deb"] == 0o644
     assert modes["recipes/r/make"] == 0o755
     assert {"stage.py", "dpkg.cfg", "config.json", "Packages", "Release"} <= set(modes)
