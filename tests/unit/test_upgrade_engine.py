@@ -302,6 +302,16 @@ def test_what_shortens_a_stop_is_done_before_clients_wait(world: World, depth: s
     upgrade(world.anew(), depth, with_data)
     before_hold = world.calls[: world.calls.index("hold")] if with_data else world.calls
     assert ("shorten stop" in before_hold) == (depth != "live" and with_data)
+    assert ("forget failures" in before_hold) == (depth == "soft-reboot")
+
+
+def test_old_release_s_units_may_start_as_often_as_before(world: World) -> None:
+    """A soft reboot keeps the count of starts, which those of a release that failed have used up."""
+    upgrade(world.anew(), "soft-reboot", True)
+    probed = world.calls.index("probe behind the door") + 1
+    upgrade(world.anew(probed, OSError("it does not start")), "soft-reboot", True)
+    after = world.calls[probed:]
+    assert after.index("forget failures") < after.index("soft-reboot")
 
 
 @pytest.mark.parametrize(("depth", "with_data"), CLASSES)

@@ -73,6 +73,7 @@ def hold(job: Job) -> None:
             services.shorten_stop()
         if job.journal.depth == "soft-reboot":
             trial.ready()
+            services.forget_failures()
         for door in services.doors(job.node.description):
             services.hold(door, job.node.settings.hold_seconds)
 
@@ -291,6 +292,7 @@ def restart_old(job: Job) -> Outcome:
         else:
             mounts.build_next_root(node.trees(old), node.identity, node.root, node.device, begun.old_data)
             trial.arm(begun.deadline)
+            services.forget_failures()
             trial.soft_reboot(node.manifest_bytes(old), trial=False)
     except (services.ServiceError, OSError):
         if not services.restarting():

@@ -13,7 +13,7 @@ import struct
 import subprocess
 
 from appliance.node.upgrade import mounts
-from appliance.node.upgrade.services import forget_failures, run, systemctl
+from appliance.node.upgrade.services import run, systemctl
 
 MARK = "/run/samepage/trial"  # there during a trial; the initramfs makes it too
 HEALTH_FILE = "/run/samepage/health.json"
@@ -119,7 +119,10 @@ def show_release(manifest: bytes) -> None:
 
 
 def soft_reboot(manifest: bytes, *, trial: bool) -> None:
-    """Change to the root at mounts.NEXT_ROOT, without the kernel. Returns at once."""
+    """Change to the root at mounts.NEXT_ROOT, without the kernel. Returns at once.
+
+    It keeps the count of units' starts, and one that has used it up would not start: `forget_failures` comes before.
+    """
     show_release(manifest)
     if os.path.exists(HEALTH_FILE):
         os.unlink(HEALTH_FILE)
@@ -128,7 +131,6 @@ def soft_reboot(manifest: bytes, *, trial: bool) -> None:
             pass
     elif os.path.exists(MARK):
         os.unlink(MARK)
-    forget_failures()  # a soft reboot keeps the count of starts, too, and a unit that has used it up would not start
     systemctl("--no-block", "soft-reboot")
 
 

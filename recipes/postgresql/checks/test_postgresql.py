@@ -64,9 +64,16 @@ def test_component_database(host, seen):
     assert databases["samepage"] == ("samepage", "false")
     asked = "SELECT current_user || '@' || current_database()"
     assert host.check_output(AS + " -d samepage -c %s", "samepage", "samepage", asked) == "samepage@samepage"
-    refused = host.run(AS + " -U samepage -d samepage -c 'SELECT 1'", "www-data", "www-data")
-    assert refused.rc != 0
-    assert "Peer authentication failed" in refused.stderr
+    for role in ("samepage", "postgres"):
+        refused = host.run(AS + " -U %s -d postgres -c 'SELECT 1'", "www-data", "www-data", role)
+        assert refused.rc != 0
+        assert "Peer authentication failed" in refused.stderr
+
+
+def test_root_is_postgres(host):
+    """A root shell, and what looks after the server as root, is the role postgres"""
+    asked = "/usr/lib/postgresql/17/bin/psql -XAtq -h /run/postgresql -U postgres -c 'SELECT current_user'"
+    assert host.check_output(asked) == "postgres"
 
 
 def test_no_passwords(seen):
