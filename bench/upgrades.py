@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import NamedTuple
 
 from appliance.lock import read_lock
 from appliance.pipeline import LOCK_FILE, Options
@@ -30,19 +31,21 @@ IMPATIENT = 3.0  # seconds; whoever asks a node that boots would wait for its ow
 
 
 def upgrades(shop: Workshop) -> None:
-    """A changed template, a changed product, and new packages, each beside the plainest way to the same end."""
-    old = release_lock(Options(PROJECT).cache)
+    """A changed template, a changed product, new packages, a new kernel, each beside the plainest way to the same."""
+    old, new = release_lock(Options(PROJECT).cache), todays_lock()
     with scratch(shop.cache, "upgrades") as folder:
         made = Variants(folder / "variants", (with_lock(old),))
         image = made.disk("1.0")
         made.release("1.1", PORT)
         made.release("1.2", PRODUCT)
         release = read_lock(folder / "variants/1.0" / LOCK_FILE)
-        made.release("2.0", with_lock(without_kernel(todays_lock(), release)))
+        made.release("2.0", with_lock(without_kernel(new, release)))
+        made.release("3.0", with_lock(new))
         frozen = freeze_node(image, folder)
         template(shop, made, frozen, folder)
         product(shop, made, frozen, folder)
-        packages(shop, made, frozen, folder)
+        for kind in RESTARTS:
+            restart(shop, kind, made.bundle("1.0", kind.version), frozen, folder)
 
 
 def template(shop: Workshop, made: Variants, frozen: Path, folder: Path) -> None:
@@ -85,24 +88,32 @@ def product(shop: Workshop, made: Variants, frozen: Path, folder: Path) -> None:
     ]
 
 
-def packages(shop: Workshop, made: Variants, frozen: Path, folder: Path) -> None:
-    """The longest that a client waits for new packages, by a soft reboot, beside the door's absence in a cold boot."""
-    bundle = made.bundle("1.0", "2.0")
+class Restart(NamedTuple):
+    """An upgrade by a restart to that version; `longest` has a node make it, and tells how long a client waits."""
+
+    name: str
+    version: str
+    way: str
+    longest: Callable[[Machine, str], float]
+    goal: float | None = None
+
+
+def restart(shop: Workshop, kind: Restart, bundle: Path, frozen: Path, folder: Path) -> None:
+    """The longest that a client waits for it, beside the door's absence in a cold boot."""
     ours, boots = [], []
     for number in range(shop.rounds):
-        node = wake_node(frozen, folder, f"packages-{number}")
+        node = wake_node(frozen, folder, f"{kind.name}-{number}")
         try:
-            place = node.put(bundle, "/state/packages.bundle")
-            ours.append(wait_during(node, partial(install_and_restart, node, place)))
-            if node.over()["outcome"] != "committed":
-                raise BenchError("the node did not keep the new packages")
+            ours.append(kind.longest(node, node.put(bundle, f"/state/{bundle.name}")))
+            if (ended := node.over())["outcome"] != "committed" or ended["class"] != kind.way.replace(" ", "-"):
+                raise BenchError(f"{kind.name}: {ended['outcome']} by a {ended['class']}: {ended['reason']}")
             boots.append(cold_boot(node))
         finally:
             node.stop()
     shop.figures += [
-        of_runs(BENCH, "packages: longest wait (soft reboot)", ours, "s"),
-        of_runs(BENCH, "packages: no answer in a cold boot", boots, "s"),
-        Figure(BENCH, "packages: to a cold boot", paired_ratio(ours, boots), "x", 0.6),
+        of_runs(BENCH, f"{kind.name}: longest wait ({kind.way})", ours, "s"),
+        of_runs(BENCH, f"{kind.name}: no answer in a cold boot", boots, "s"),
+        Figure(BENCH, f"{kind.name}: to a cold boot", paired_ratio(ours, boots), "x", kind.goal),
     ]
 
 
@@ -165,10 +176,43 @@ def once(node: Machine, timeout: float = DEADLINE) -> None:
     Client(node.url, dict(node.cookies), timeout=timeout).call("Items.getList", query="", limit=1, offset=0)
 
 
+def held(node: Machine, place: str) -> float:
+    """A soft reboot: clients wait at the front door, and none is refused."""
+    return wait_during(node, partial(install_and_restart, node, place))
+
+
 def install_and_restart(node: Machine, place: str) -> None:
     """Install a bundle that restarts the node, and wait until the front door opens."""
     node.ssh(f"{TOOL} install {place} --yes; true")  # its status says that the node restarts
     once(node)
+
+
+def refused(node: Machine, place: str) -> float:
+    """A reboot: from the last answer to the next, for a client that tries again whenever it is refused or waits long.
+
+    The machine is powered on as soon as it is down, see `Machine.end_at_restart`.
+    """
+    upgrade = threading.Thread(target=node.run, args=(f"{TOOL} install {place} --yes",))
+    upgrade.start()
+    longest, down = 0.0, 0.0
+    began = answered = time.monotonic()
+    while answered <= down or not down:
+        if time.monotonic() - began > DEADLINE:
+            raise BenchError("the node did not restart, or not come back")
+        try:
+            once(node, IMPATIENT)
+        except Exception:  # refused, reset, held, or not ready
+            if not down and TARGET.state(node.instance) == "stopped":
+                node.power_on()
+                down = time.monotonic()
+            time.sleep(PAUSE)
+        else:
+            longest, answered = max(longest, time.monotonic() - answered), time.monotonic()
+    upgrade.join()
+    return longest
+
+
+RESTARTS = (Restart("packages", "2.0", "soft reboot", held, 0.6), Restart("kernel", "3.0", "reboot", refused))
 
 
 def cold_boot(node: Machine) -> float:

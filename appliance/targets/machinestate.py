@@ -28,8 +28,7 @@ def freeze(instance: Instance, into: Path, timeout: float = 300) -> None:
         qmp.execute("migrate-set-parameters", **{"max-bandwidth": UNLIMITED})
         qmp.execute("migrate", uri=f"exec:cat > '{into / MEMORY_FILE}'")
         _wait(qmp, timeout)
-        qmp.execute("quit")
-    time.sleep(0.5)
+    Qemu().down(instance)
     for name in KEPT:
         if (instance.folder / name).exists():
             shutil.copy2(instance.folder / name, into / name)

@@ -53,6 +53,7 @@ def test_copies_go_on_where_the_original_stopped(project: Path) -> None:
     answer(original, "a")
     machinestate.freeze(original, project / "frozen")
     assert QEMU.state(original) == "stopped"
+    assert not Path(original.details["sockets"]).exists()
     copies = [machinestate.wake(project / "frozen", project, name) for name in ("one", "two")]
     for copy in copies:
         answer(copy, "x")
