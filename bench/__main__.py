@@ -46,7 +46,7 @@ def main(
     failures: dict[str, str] = {}
     facts = machine()
     root = Path(__file__).parent.parent.resolve()
-    with open_workshop(root, rounds, iso and iso.resolve(), mirror, locks) as shop:
+    with open_workshop(root, rounds, iso and iso.resolve(), mirror, locks, console.note) as shop:
         for name in names or BENCHMARKS:
             try:
                 with console.stage(f"bench {name}"):

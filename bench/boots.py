@@ -42,7 +42,7 @@ def compare(shop: Workshop, bench: str, request: Request, folder: Path) -> None:
         theirs.append(boot_peer(peer, folder / f"peer-{number}"))
         ours.append(boot_appliance(request, folder / f"ours-{number}"))
     mine, other = [one.kernel_to_healthy for one in ours], [one.kernel_to_healthy for one in theirs]
-    shop.figures += [
+    shop.add(
         of_runs(bench, "kernel to healthy", mine, "s"),
         of_runs(bench, "untuned VM, kernel to healthy", other, "s"),
         Figure(bench, "to untuned VM", paired_ratio(mine, other), "x", 0.6),
@@ -52,7 +52,7 @@ def compare(shop: Workshop, bench: str, request: Request, folder: Path) -> None:
         of_runs(bench, "untuned VM, QEMU to healthy", [one.qemu_to_healthy for one in theirs], "s", note="-kernel"),
         of_runs(bench, "memory, idle", [one.memory / 1e6 for one in ours], "MB", 300.0),
         of_runs(bench, "untuned VM, memory, idle", [one.memory / 1e6 for one in theirs], "MB"),
-    ]
+    )
 
 
 def installed_disk(iso: Path, folder: Path) -> Path:

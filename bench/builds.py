@@ -33,13 +33,13 @@ def cold(shop: Workshop) -> None:
         with scratch(shop.cache, "plain") as folder:
             plain.append(mmdebstrap(shop.packages, folder / "tree", shop.mirrors, folder / "log"))
     shop.cold += ours
-    shop.figures += [
+    shop.add(
         of_runs("cold", "ISO", walls(ours), "s"),
         of_runs("cold", "ISO, CPU", cpus(ours), "CPU s"),
         of_runs("cold", "mmdebstrap", walls(plain), "s"),
         of_runs("cold", "mmdebstrap, CPU", cpus(plain), "CPU s"),
         Figure("cold", "ISO to mmdebstrap", paired_ratio(walls(ours), walls(plain)), "x", 1.25),
-    ]
+    )
 
 
 def change(shop: Workshop) -> None:
@@ -47,28 +47,28 @@ def change(shop: Workshop) -> None:
     builder = shop.warm_builder()
     reference = median(walls(shop.cold))
     nothing = [builder.iso().cost for _ in range(AGAIN)]
-    shop.figures += [
+    shop.add(
         of_runs("change", "nothing", walls(nothing), "s", 1.0),
         of_runs("change", "nothing, CPU", cpus(nothing), "CPU s"),
-    ]
+    )
     template = []
     for number in range(AGAIN):
         builder.change_template(f"change {number}")
         template.append(builder.iso().cost)
-    shop.figures += [
+    shop.add(
         of_runs("change", "one template", walls(template), "s", 3.0),
         of_runs("change", "one template, CPU", cpus(template), "CPU s"),
         Figure("change", "one template to cold", median(walls(template)) / reference, "x", 0.05),
-    ]
+    )
     package = []
     for name in [name for name in ADDED if name not in shop.packages][: min(shop.rounds, 2)]:
         builder.add_package(name)
         package.append(builder.iso().cost)
-    shop.figures += [
+    shop.add(
         of_runs("change", "one package", walls(package), "s"),
         of_runs("change", "one package, CPU", cpus(package), "CPU s"),
         Figure("change", "one package to cold", median(walls(package)) / reference, "x", 0.5),
-    ]
+    )
 
 
 def beside_mkosi(shop: Workshop) -> None:
@@ -80,23 +80,23 @@ def beside_mkosi(shop: Workshop) -> None:
         def run(what: str, before: Callable[[], None]) -> None:
             before()
             cost = peer.build(work / "log")
-            shop.figures.append(Figure("mkosi", what, cost.wall, "s"))
-            shop.figures.append(Figure("mkosi", f"{what}, CPU", cost.cpu, "CPU s"))
+            shop.add(Figure("mkosi", what, cost.wall, "s"))
+            shop.add(Figure("mkosi", f"{what}, CPU", cost.cpu, "CPU s"))
 
         run("cold", lambda: None)
         run("nothing", lambda: None)
         run("one file", lambda: peer.change_file("second\n"))
         size = peer.output_size()
-    shop.figures.append(Figure("mkosi", "image, not bootable", size / 1e6, "MB"))
-    shop.figures.append(Figure("mkosi", "our ISO", shop.iso.stat().st_size / 1e6, "MB"))
+    shop.add(Figure("mkosi", "image, not bootable", size / 1e6, "MB"))
+    shop.add(Figure("mkosi", "our ISO", shop.iso.stat().st_size / 1e6, "MB"))
 
 
 def size(shop: Workshop) -> None:
     """The ISO as built by default and with `--release`."""
-    shop.figures.append(Figure("size", "ISO", shop.iso.stat().st_size / 1e6, "MB", 300.0))
+    shop.add(Figure("size", "ISO", shop.iso.stat().st_size / 1e6, "MB", 300.0))
     strong = shop.warm_builder().iso("--release")
-    shop.figures.append(Figure("size", "ISO --release", strong.iso.stat().st_size / 1e6, "MB"))
-    shop.figures.append(Figure("size", "packing strongly", strong.cost.wall, "s"))
+    shop.add(Figure("size", "ISO --release", strong.iso.stat().st_size / 1e6, "MB"))
+    shop.add(Figure("size", "packing strongly", strong.cost.wall, "s"))
 
 
 def write(shop: Workshop) -> None:
@@ -110,8 +110,8 @@ def write(shop: Workshop) -> None:
         with scratch(shop.cache, "floor") as folder:
             script = 'cp --reflink=never "$1" "$2" && sha256sum "$2"'
             floor.append(measure(["sh", "-c", script, "floor", iso, folder / "copy"], log=folder / "log").wall)
-    shop.figures += [
+    shop.add(
         of_runs("write", "ISO written and verified", ours, "s"),
         of_runs("write", "cp and sha256sum", floor, "s"),
         Figure("write", "ISO to floor", paired_ratio(ours, floor), "x"),
-    ]
+    )

@@ -41,7 +41,7 @@ def bundle(shop: Workshop) -> None:
     """One figure per peer, change and kind of tree; ours with their goals."""
     with open_bench(shop) as bench:
         moved, note = bench.update.moved, f"{bench.update.name}: {'; '.join(plain.in_words(bench.update.moved))}"
-        shop.figures.append(Figure("bundle", "what the update moves", len(moved), "packages", note=note))
+        shop.add(Figure("bundle", "what the update moves", len(moved), "packages", note=note))
         for change, goals in zip(changes(bench), GOALS, strict=True):
             size = _ours(bench, change, goals)
             for kind, given in (("layers", _layers), ("plain", _plain)):
@@ -51,7 +51,7 @@ def bundle(shop: Workshop) -> None:
 
 def _ours(bench: Bench, change: Change, goals: Goals) -> int:
     """Make and apply the bundle, as its users do; its size."""
-    say, name = bench.shop.figures.append, f"bundle: {change.name}"
+    say, name = bench.shop.add, f"bundle: {change.name}"
     if change.made:
         say(of_runs(name, "edit to bundle", [cost.wall for cost in change.made], "s", 1.0))
         say(of_runs(name, "edit to bundle, CPU", [cost.cpu for cost in change.made], "CPU s"))
@@ -144,13 +144,13 @@ def _beside(shop: Workshop, change: Change, goals: Goals, kind: str, size: int, 
     found = peers.run_peers(given, shop.cache)
     for peer, taken in found.items():
         if isinstance(taken, BenchError):
-            shop.figures.append(Figure(name, f"{peer}, {kind}", math.nan, unit, note=str(taken).splitlines()[0]))
+            shop.add(Figure(name, f"{peer}, {kind}", math.nan, unit, note=str(taken).splitlines()[0]))
         else:
-            shop.figures.append(Figure(name, f"{peer}, {kind}", taken.size / UNITS[unit], unit, note=_costs(taken)))
+            shop.add(Figure(name, f"{peer}, {kind}", taken.size / UNITS[unit], unit, note=_costs(taken)))
     sizes = {taken.size: peer for peer, taken in found.items() if isinstance(taken, Taken)}
     if sizes:
         best = min(sizes)
-        shop.figures.append(Figure(name, f"to best peer, {kind}", size / best, "x", goals.share, note=sizes[best]))
+        shop.add(Figure(name, f"to best peer, {kind}", size / best, "x", goals.share, note=sizes[best]))
 
 
 def _costs(taken: Taken) -> str:

@@ -61,11 +61,11 @@ def template(shop: Workshop, made: Variants, frozen: Path, folder: Path) -> None
                 raise BenchError("the node did not go back to its first release")
     finally:
         node.stop()
-    shop.figures += [
+    shop.add(
         of_runs(BENCH, "template: command to served", ours, "s"),
         of_runs(BENCH, "template: systemctl reload", reloads, "s"),
         Figure(BENCH, "template: to systemctl reload", paired_ratio(ours, reloads), "x", 3.0),
-    ]
+    )
 
 
 def product(shop: Workshop, made: Variants, frozen: Path, folder: Path) -> None:
@@ -81,11 +81,11 @@ def product(shop: Workshop, made: Variants, frozen: Path, folder: Path) -> None:
                 raise BenchError("the node did not go back to its first release")
     finally:
         node.stop()
-    shop.figures += [
+    shop.add(
         of_runs(BENCH, "product: longest wait", ours, "s"),
         of_runs(BENCH, "product: longest wait, systemctl restart", restarts, "s"),
         Figure(BENCH, "product: to systemctl restart", paired_ratio(ours, restarts), "x"),
-    ]
+    )
 
 
 class Restart(NamedTuple):
@@ -110,11 +110,11 @@ def restart(shop: Workshop, kind: Restart, bundle: Path, frozen: Path, folder: P
             boots.append(cold_boot(node))
         finally:
             node.stop()
-    shop.figures += [
+    shop.add(
         of_runs(BENCH, f"{kind.name}: longest wait ({kind.way})", ours, "s"),
         of_runs(BENCH, f"{kind.name}: no answer in a cold boot", boots, "s"),
         Figure(BENCH, f"{kind.name}: to a cold boot", paired_ratio(ours, boots), "x", kind.goal),
-    ]
+    )
 
 
 # --- clocks ----------------------------------------------------------------------------------------------------------

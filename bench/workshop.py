@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +18,7 @@ from appliance.apt import Mirrors, find_mirrors
 from appliance.lock import read_lock
 from bench.debian import SUITE
 from bench.measure import BenchError, Cost, measure, remove_tree, scratch
-from bench.report import Figure
+from bench.report import Figure, number
 
 LEFT_OUT = (".git", ".venv", ".venv.lock", ".samepage", ".*_cache", "__pycache__", "dist", "tests", "*.egg-info")
 
@@ -94,6 +94,7 @@ class Workshop:
     given_iso: Path | None = None
     mirror: str = ""
     older_locks: tuple[Path, ...] = ()
+    tell: Callable[[str], None] = print  # each figure, as soon as it is known
     figures: list[Figure] = field(default_factory=list)
     cold: list[Cost] = field(default_factory=list)
     _builder: Builder | None = None
@@ -120,6 +121,12 @@ class Workshop:
             raise BenchError("the workshop is not open")
         return self._builder
 
+    def add(self, *figures: Figure) -> None:
+        """What was measured: for the report, and at once for whoever waits for the end of a long run."""
+        for one in figures:
+            self.figures.append(one)
+            self.tell(f"{one.bench}  {one.name}  {number(one.value, one.unit)}")
+
     def warm(self) -> Build:
         """The unchanged project built with a filled cache; when that is empty, the build counts as a cold one."""
         self.builder.restore(self.root)
@@ -140,10 +147,10 @@ class Workshop:
 
 @contextmanager
 def open_workshop(
-    root: Path, rounds: int, iso: Path | None, mirror: str, older_locks: tuple[Path, ...] = ()
+    root: Path, rounds: int, iso: Path | None, mirror: str, older_locks: tuple[Path, ...], tell: Callable[[str], None]
 ) -> Iterator[Workshop]:
     """A workshop whose copy of the checkout, caches and outputs are removed at the end."""
-    shop = Workshop(root, rounds, iso, mirror, older_locks)
+    shop = Workshop(root, rounds, iso, mirror, older_locks, tell)
     shop.cache.mkdir(parents=True, exist_ok=True)
     with scratch(shop.cache, "run") as folder:
         project = folder / "project"
