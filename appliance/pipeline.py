@@ -22,7 +22,7 @@ from appliance.model import Artifact, Layer, Lock, Model, Package, Release, Rend
 from appliance.store import Store, default_root
 
 if TYPE_CHECKING:
-    from appliance.rootfs import Rootfs
+    from appliance.rootfs import Inputs, Rootfs
     from appliance.tools import Tools
 
 STAGES = ("recipes", "layout", "render", "packages", "layers", "release", "iso")
@@ -149,9 +149,10 @@ def assemble(options: Options, model: Model, trees: tuple[RenderedTree, ...], lo
 
     store = ReportingStore(options.cache, options.project, console.note, console)
     obtain = fetcher(options, lock, store, console)
-    foresee_room(options, lock, model, store)
+    inputs = rootfs.inputs_of(lock, model)
+    foresee_room(options, lock, inputs, store)
     toolbox = tools.prepare(lock, store, obtain)
-    tree = rootfs.build(lock, model, store, obtain)
+    tree = rootfs.build(lock, model, inputs, store, obtain)
     made = make_layers(options, model, trees, tree, toolbox, lock, store)
     kernel = make_kernel(tree, store)
     boot = make_boot_files(toolbox, options.version, lock, store)
@@ -247,9 +248,9 @@ UNPACKED = 3.4  # a tree's size by that of its compressed packages
 PACKED = 1.6  # the same for the ISO
 
 
-def foresee_room(options: Options, lock: Lock, model: Model, store: Store) -> None:
+def foresee_room(options: Options, lock: Lock, inputs: Inputs, store: Store) -> None:
     """Raise HostError, with the figures, when the disk cannot take what this build will write."""
-    from appliance import rootfs, tools
+    from appliance import tools
     from appliance.archive import to_fetch
     from appliance.store import require_room
 
@@ -260,9 +261,9 @@ def foresee_room(options: Options, lock: Lock, model: Model, store: Store) -> No
     dist = 0
     if not store.has("tools", tools.inputs(lock)):
         cache += int(UNPACKED * sum(package.size for package in lock.sets["tools"]))
-    if not store.has("core", rootfs.core_inputs(lock, model)):
+    if not store.has("core", inputs.core):
         cache += int(UNPACKED * core)
-    if not store.has("tree", rootfs.tree_inputs(lock, model)):
+    if not store.has("tree", inputs.tree):
         cache += int((2 * UNPACKED + PACKED) * full)  # the tree, its layer and the packed layer
         dist = int(PACKED * full)
     require_room({store.root: cache, options.dist: dist})

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from appliance.errors import ApplianceError, CommandError, HostError
 from appliance.lock import CORE_RECIPE, OMITTED, omitted_stanza
@@ -49,7 +50,14 @@ class Rootfs:
         return next(folder.name for folder in sorted((self.boot / "usr/lib/modules").iterdir()))
 
 
-def build(lock: Lock, model: Model, store: Store, obtain: Obtain) -> Rootfs:
+class Inputs(NamedTuple):
+    """Everything that the core, and that the whole tree depends on."""
+
+    core: Mapping[str, str]
+    tree: Mapping[str, str]
+
+
+def build(lock: Lock, model: Model, inputs: Inputs, store: Store, obtain: Obtain) -> Rootfs:
     """Build, or find in the store, the tree of all packages of the model.
 
     Raises CommandError when a package does not install, ApplianceError when the tree breaks a promise (a user nobody
@@ -62,8 +70,8 @@ def build(lock: Lock, model: Model, store: Store, obtain: Obtain) -> Rootfs:
     def build_tree(folder: Path) -> None:
         _build_tree(lock, model, obtain, core, folder, _report(store, len(lock.sets["full"]) - len(lock.sets["core"])))
 
-    core = store.step("core", core_inputs(lock, model), build_core)
-    tree = store.step("tree", tree_inputs(lock, model), build_tree)
+    core = store.step("core", inputs.core, build_core)
+    tree = store.step("tree", inputs.tree, build_tree)
     return Rootfs(tree / "tree.tar", core / "boot", tree.name)
 
 
@@ -78,9 +86,9 @@ def _report(store: Store, total: int) -> Report:
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def core_inputs(lock: Lock, model: Model) -> dict[str, str]:
-    """Everything the core depends on."""
-    return {
+def inputs_of(lock: Lock, model: Model) -> Inputs:
+    """What both are made from. It asks the host's package manager, so once per build is enough."""
+    core = {
         "scripts": _scripts_digest(),
         "host tools": _host_tools(),
         "clock": str(lock.epoch),
@@ -89,17 +97,14 @@ def core_inputs(lock: Lock, model: Model) -> dict[str, str]:
         "excluded files": json.dumps(_excluded(model, core=True)),
         **{f"package {package.name}": f"{package.version} {package.sha256}" for package in lock.sets["core"]},
     }
-
-
-def tree_inputs(lock: Lock, model: Model) -> dict[str, str]:
-    """Everything the whole tree depends on."""
-    return core_inputs(lock, model) | {
+    tree = core | {
         "users": json.dumps(_users(model, core=True) + _users(model, core=False)),
         "excluded files": json.dumps(_excluded(model, core=False)),
         "build steps": digest_of_files(_builds(model)),
         "omitted": json.dumps(lock.wanted.get(OMITTED, ())),
         **{f"package {package.name}": f"{package.version} {package.sha256}" for package in lock.sets["full"]},
     }
+    return Inputs(core, tree)
 
 
 def _scripts_digest() -> str:

@@ -45,15 +45,15 @@ def locked(*, core: tuple[str, ...] = ("kernel",), more: tuple[str, ...] = ("app
 
 def test_a_package_of_another_recipe_leaves_the_core_alone(model: Model) -> None:
     one, other = locked(), locked(more=("app", "added"))
-    assert rootfs.core_inputs(one, model) == rootfs.core_inputs(other, model)
-    assert rootfs.tree_inputs(one, model) != rootfs.tree_inputs(other, model)
-    assert "package added" in rootfs.tree_inputs(other, model)
+    assert rootfs.inputs_of(one, model).core == rootfs.inputs_of(other, model).core
+    assert rootfs.inputs_of(one, model).tree != rootfs.inputs_of(other, model).tree
+    assert "package added" in rootfs.inputs_of(other, model).tree
 
 
 def test_what_decides_the_core_decides_the_tree(model: Model) -> None:
     for change in (locked(core=("kernel", "shell")), locked(epoch=2)):
-        assert rootfs.core_inputs(change, model) != rootfs.core_inputs(locked(), model)
-        assert rootfs.tree_inputs(change, model) != rootfs.tree_inputs(locked(), model)
+        assert rootfs.inputs_of(change, model).core != rootfs.inputs_of(locked(), model).core
+        assert rootfs.inputs_of(change, model).tree != rootfs.inputs_of(locked(), model).tree
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_what_a_recipe_says_of_packages_is_an_input(model: Model, change: dict[s
     with_users = next(recipe for recipe in model.recipes if recipe.users)
     recipes = tuple(replace(recipe, **change) if recipe is with_users else recipe for recipe in model.recipes)  # type: ignore[arg-type]
     changed = replace(model, recipes=recipes)
-    assert rootfs.tree_inputs(locked(), changed) != rootfs.tree_inputs(locked(), model)
+    assert rootfs.inputs_of(locked(), changed).tree != rootfs.inputs_of(locked(), model).tree
 
 
 def test_a_build_step_and_what_lies_beside_it_are_inputs(model: Model, tmp_path: Path) -> None:
@@ -72,9 +72,9 @@ def test_a_build_step_and_what_lies_beside_it_are_inputs(model: Model, tmp_path:
     (folder / "make").write_text("#!/bin/sh\n")
     recipe = replace(model.recipes[0], folder=tmp_path, build="steps/make")
     with_step = replace(model, recipes=(recipe, *model.recipes[1:]))
-    before = rootfs.tree_inputs(locked(), with_step)
+    before = rootfs.inputs_of(locked(), with_step).tree
     (folder / "helper").write_text("x")
-    assert rootfs.tree_inputs(locked(), with_step) != before
+    assert rootfs.inputs_of(locked(), with_step).tree != before
 
 
 # --- what goes into the namespace ------------------------------------------------------------------------------------
