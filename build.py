@@ -11,8 +11,8 @@ import os
 import sys
 
 ROOT = os.path.dirname(os.path.realpath(__file__))  # noqa: PTH120 - pathlib costs more than the rest of the fast path
-VENV = os.path.join(ROOT, ".venv")  # noqa: PTH118
-PYTHON = os.path.join(VENV, "bin", "python")  # noqa: PTH118
+VENV = os.path.join(ROOT, ".venv")  # noqa: PTH118 - as above
+PYTHON = os.path.join(VENV, "bin", "python")  # noqa: PTH118 - as above
 INPUTS = ("requirements.txt", "requirements-dev.txt", "appliance/hostsetup.py")
 OPTIONS_WITH_VALUE = frozenset({"-C", "--project", "--progress", "--layout"})
 SET_OF_VERB = {
@@ -37,7 +37,7 @@ def state() -> str:
     """Everything the set-up depends on, as text."""
     parts = [sys.version]
     for name in INPUTS:
-        with open(os.path.join(ROOT, name), encoding="utf-8") as file:  # noqa: PTH118, PTH123
+        with open(os.path.join(ROOT, name), encoding="utf-8") as file:  # noqa: PTH118, PTH123 - as above
             parts.append(file.read())
     return "\n".join(parts)
 
@@ -45,7 +45,7 @@ def state() -> str:
 def ready(set_name: str) -> bool:
     """Whether the set-up was done for this very state."""
     try:
-        with open(os.path.join(VENV, f"ready-{set_name}"), encoding="utf-8") as file:  # noqa: PTH118, PTH123
+        with open(os.path.join(VENV, f"ready-{set_name}"), encoding="utf-8") as file:  # noqa: PTH118, PTH123 - as above
             return file.read() == state() and os.access(PYTHON, os.X_OK)
     except OSError:
         return False
@@ -92,7 +92,7 @@ def set_up(set_name: str) -> None:
         Path(VENV, f"ready-{set_name}").write_text(state(), encoding="utf-8")
 
 
-def prepare_venv(hostsetup, with_dev: bool) -> None:  # type: ignore[no-untyped-def]
+def prepare_venv(hostsetup, with_dev: bool) -> None:  # type: ignore[no-untyped-def]  # a module
     """Makes .venv hold exactly the pinned requirements."""
     import subprocess
     from pathlib import Path

@@ -143,7 +143,7 @@ def stream(
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     overran = threading.Event()
     with (
-        open(log, "ab") if log else _no_file() as file,  # noqa: PTH123
+        open(log, "ab") if log else _no_file() as file,  # noqa: PTH123 - as in run
         _started(argv, cwd, env, subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT) as process,
     ):
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -106,12 +107,12 @@ def plain_tree(packages: Sequence[Package], files: Mapping[str, Path], epoch: in
     with scratch(out.parent, "repository") as work:
         repository = work / "repository"
         repository.mkdir()
-        stanzas = []
+        stanzas, inside = [], {**os.environ, "TMPDIR": str(work)}
         for package in packages:
             file = files[package.sha256]
             name = package.path.rpartition("/")[2]
             shutil.copy(file, repository / name)
-            control = run(["dpkg-deb", "--field", file]).stdout.decode().rstrip()
+            control = run(["dpkg-deb", "--field", file], env=inside).stdout.decode().rstrip()
             stanzas.append(f"{control}\nFilename: ./{name}\nSize: {package.size}\nSHA256: {package.sha256}\n")
         (repository / "Packages").write_text("\n".join(stanzas))
         (repository / "Release").write_text(f"Suite: {SUITE}\nCodename: {SUITE}\n")

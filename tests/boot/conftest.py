@@ -99,7 +99,7 @@ def _machines() -> Iterator[Start]:
         backing: str = "", **hardware: str,
     ) -> Node:  # fmt: skip
         folder = Path(tempfile.mkdtemp(prefix=f"samepage-{name}-"))
-        request = base.Request(name, image, kind=kind, firmware=firmware, hardware=hardware)  # type: ignore[arg-type]
+        request = base.Request(name, image, kind=kind, firmware=firmware, hardware=hardware)  # type: ignore[arg-type]  # kind is a word
         key = TARGET._make_key(folder)
         qemu.prepare_disks(request, folder)
         if backing:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
-from appliance.node.upgrade import services
+from appliance.node.upgrade import services, trial
 from appliance.node.upgrade.services import ServiceError
 
 UNIT = "nginx.service"
@@ -90,3 +91,15 @@ def test_units_may_be_restarted_as_often_as_somebody_pushes(monkeypatch: pytest.
         ("reset-failed", "a.service", "b.service"), ("restart", "a.service", "b.service"),
         ("reload-or-restart", "c.service"),
     ]  # fmt: skip
+
+
+def test_soft_reboot_forgets_how_often_units_were_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the order in which the engine calls them; that it does is in test_upgrade_engine.py."""
+    told: list[tuple[str, ...]] = []
+    monkeypatch.setattr(services, "systemctl", lambda *words: told.append(words) or "")
+    monkeypatch.setattr(trial, "systemctl", lambda *words: told.append(words) or "")
+    for name in ("RELEASE_FILE", "HEALTH_FILE", "MARK"):
+        monkeypatch.setattr(trial, name, str(tmp_path / name))
+    services.forget_failures()
+    trial.soft_reboot(b"{}", trial=True)
+    assert told == [("reset-failed",), ("--no-block", "soft-reboot")]

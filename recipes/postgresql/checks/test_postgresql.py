@@ -65,7 +65,7 @@ def test_component_database(host, seen):
     asked = "SELECT current_user || '@' || current_database()"
     assert host.check_output(AS + " -d samepage -c %s", "samepage", "samepage", asked) == "samepage@samepage"
     for role in ("samepage", "postgres"):
-        refused = host.run(AS + " -U %s -d postgres -c 'SELECT 1'", "www-data", "www-data", role)
+        refused = host.run(AS + " -U %s -d samepage -c 'SELECT 1'", "www-data", "www-data", role)
         assert refused.rc != 0
         assert "Peer authentication failed" in refused.stderr
 
