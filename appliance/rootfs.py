@@ -13,12 +13,12 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from appliance import archive
 from appliance.errors import ApplianceError, CommandError, HostError
 from appliance.lock import CORE_RECIPE, OMITTED, omitted_stanza
 from appliance.model import Lock, Model, Package, Recipe, User
@@ -351,30 +351,19 @@ def _pack_repository(
     more: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
     """A tar with the packages as a local apt repository, the stage scripts, their configuration, and `more` files."""
-    scratch = {**os.environ, "TMPDIR": str(out.parent)}  # where dpkg-deb unpacks; it leaves that behind when killed
-
-    def stanza(package: Package) -> str:
-        control = run(["dpkg-deb", "--field", files[package.sha256]], env=scratch).stdout.decode().rstrip()
-        return f"{control}\nFilename: ./{_file_name(package)}\nSize: {package.size}\nSHA256: {package.sha256}\n"
-
-    with ThreadPoolExecutor() as pool:
-        index = "\n".join(pool.map(stanza, packages))
+    index = archive.local_index(packages, files, out.parent)
     release = f"Suite: {lock.suite}\nCodename: {lock.suite}\n"
     texts = {"Packages": index, "Release": release, "config.json": json.dumps({**config, "epoch": lock.epoch})}
     scripts = {file.name: file for file in SCRIPTS.iterdir() if file.is_file()}
     with tarfile.open(out, "w", format=tarfile.GNU_FORMAT) as tar:
         for package in packages:
-            tar.add(files[package.sha256], _file_name(package), filter=_plain)
+            tar.add(files[package.sha256], archive.file_name(package), filter=_plain)
         for name, file in sorted({**scripts, **more}.items()):
             tar.add(file.resolve(), name, filter=_plain)
         for name, text in texts.items():
             member = tarfile.TarInfo(name)
             member.size = len(text.encode())
             tar.addfile(member, io.BytesIO(text.encode()))
-
-
-def _file_name(package: Package) -> str:
-    return package.path.rpartition("/")[2]
 
 
 def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:

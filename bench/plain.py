@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,6 @@ from appliance.apt import Mirrors
 from appliance.errors import ApplianceError
 from appliance.lock import OMITTED, Move, moves, resolve
 from appliance.model import Lock, Package, frozen_map
-from appliance.run import run
 from bench.debian import SUITE
 from bench.measure import BenchError, measure, remove_tree, scratch
 from tests.variants import with_kernel_of
@@ -107,14 +105,9 @@ def plain_tree(packages: Sequence[Package], files: Mapping[str, Path], epoch: in
     with scratch(out.parent, "repository") as work:
         repository = work / "repository"
         repository.mkdir()
-        stanzas, inside = [], {**os.environ, "TMPDIR": str(work)}
         for package in packages:
-            file = files[package.sha256]
-            name = package.path.rpartition("/")[2]
-            shutil.copy(file, repository / name)
-            control = run(["dpkg-deb", "--field", file], env=inside).stdout.decode().rstrip()
-            stanzas.append(f"{control}\nFilename: ./{name}\nSize: {package.size}\nSHA256: {package.sha256}\n")
-        (repository / "Packages").write_text("\n".join(stanzas))
+            shutil.copy(files[package.sha256], repository / archive.file_name(package))
+        (repository / "Packages").write_text(archive.local_index(packages, files, work))
         (repository / "Release").write_text(f"Suite: {SUITE}\nCodename: {SUITE}\n")
         measure(
             ["mmdebstrap", "--mode=root", "--variant=essential", "--skip=check/signed-by",

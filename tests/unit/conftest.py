@@ -8,7 +8,22 @@ from pathlib import Path
 
 import pytest
 
+from appliance.errors import Faults
+from appliance.layout import load_layout
+from appliance.model import Model
+from appliance.recipes import load_recipes
 from tests.webserver import Site, serving
+
+
+@pytest.fixture
+def model(project: Path) -> Model:
+    """The first layout of the small project."""
+    faults = Faults()
+    recipes = load_recipes(project, faults)
+    found = load_layout(project, next((project / "recipes/layouts").glob("*.yaml")).stem, recipes, faults, "1")
+    faults.check()
+    assert found is not None
+    return found
 
 
 @pytest.fixture

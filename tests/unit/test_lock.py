@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 
 from appliance import lock as locking
 from appliance.apt import find_mirrors
-from appliance.errors import CommandError, Faults, HostError, LockError
-from appliance.layout import load_layout
+from appliance.errors import CommandError, HostError, LockError
 from appliance.model import Lock, Model, Package
-from appliance.recipes import load_recipes
 from tests.archives import EPOCH, make_deb, publish
 
 WANTED = {"core": ("kernel",), "full": ("app", "kernel"), "tools": ("tool",)}
@@ -199,16 +197,6 @@ def test_a_missing_lock_says_how_to_make_one(tmp_path: Path) -> None:
 
 
 # --- against the recipes ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def model(project: Path) -> Model:
-    faults = Faults()
-    recipes = load_recipes(project, faults)
-    found = load_layout(project, next((project / "recipes/layouts").glob("*.yaml")).stem, recipes, faults, "1")
-    faults.check()
-    assert found is not None
-    return found
 
 
 def test_the_core_is_the_base_recipe(model: Model) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import os
 import re
 import socket
@@ -14,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.unit.programs import load_program
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "base"
 PROGRAM = RECIPE / "files/opt/samepage/libexec/listen"
@@ -31,14 +31,7 @@ print("variable", os.environ.get("TEST", ""))
 
 @pytest.fixture(scope="module")
 def listen() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("samepage_listen", str(PROGRAM))
-    spec = importlib.util.spec_from_loader("samepage_listen", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
-    loader.exec_module(module)
-    sys.dont_write_bytecode = before
-    return module
+    return load_program(PROGRAM)
 
 
 class Manager:

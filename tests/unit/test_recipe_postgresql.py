@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import struct
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.programs import load_program
+
 PROGRAM = Path(__file__).parents[2] / "recipes/postgresql/files/opt/samepage/libexec/postgresql-cluster"
 
-
-def load() -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader("samepage_cluster", str(PROGRAM))
-    spec = importlib.util.spec_from_loader("samepage_cluster", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
-    loader.exec_module(module)
-    sys.dont_write_bytecode = before
-    return module
-
-
-cluster = load()
+cluster = load_program(PROGRAM)
 
 
 def control(filling: bytes = b"") -> bytes:

@@ -11,24 +11,12 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from appliance import rootfs, workfolder
-from appliance.errors import ApplianceError, CommandError, Faults, HostError
-from appliance.layout import load_layout
+from appliance import archive, rootfs, workfolder
+from appliance.errors import ApplianceError, CommandError, HostError
 from appliance.lock import omitted_stanza
 from appliance.model import Lock, Model, Package
-from appliance.recipes import load_recipes
 from appliance.tools import Tools
 from appliance.workfolder import work_folder
-
-
-@pytest.fixture
-def model(project: Path) -> Model:
-    faults = Faults()
-    recipes = load_recipes(project, faults)
-    found = load_layout(project, next((project / "recipes/layouts").glob("*.yaml")).stem, recipes, faults, "1")
-    faults.check()
-    assert found is not None
-    return found
 
 
 def package(name: str, version: str = "1") -> Package:
@@ -87,7 +75,7 @@ def test_the_repository_can_be_read_by_whoever_is_root_there(tmp_path: Path, mon
         scratch.add(env["TMPDIR"])
         return CompletedProcess([], 0, f"Package: {argv[2].name}\n".encode())
 
-    monkeypatch.setattr(rootfs, "run", control)
+    monkeypatch.setattr(archive, "run", control)
     deb, script = tmp_path / "deb", tmp_path / "script"
     deb.write_bytes(b"deb")
     deb.chmod(0o600)
