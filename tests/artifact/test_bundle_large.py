@@ -31,6 +31,7 @@ from appliance.node.upgrade import records, staging
 from appliance.pipeline import Built, Options, assemble, make_layers
 from appliance.release import make as make_release
 from appliance.store import Store
+from tests.evolving import Evolving
 
 PROJECT = Path(__file__).parents[2]
 NODE = "samepage"
@@ -280,44 +281,6 @@ def test_applying_takes_at_most_64_mb(pair: Pair, tmp_path: Path) -> None:
 # --- a long chain ----------------------------------------------------------------------------------------------------
 
 
-class Evolving:
-    """A copy of the project whose generated files come, change, swap and go with every release."""
-
-    def __init__(self, project: Path) -> None:
-        self.project, self.chance = copy_of_project(project), random.Random(52)
-        files = project / "recipes/samepage/files"
-        self.folders = [files / "etc/generated", files / "opt/samepage/share/generated"]
-        self.code = files / "opt/samepage/lib/generated"
-        for folder in (*self.folders, self.code):
-            folder.mkdir(parents=True)
-
-    def step(self) -> None:
-        chance = self.chance
-        for folder in self.folders:
-            there = sorted(folder.rglob("*.txt"))
-            for file in chance.sample(there, min(len(there), 3)):
-                content = file.read_bytes()
-                at = chance.randrange(len(content) + 1)
-                file.write_bytes(content[:at] + self.text(chance.randrange(200)) + content[at + chance.randrange(90) :])
-            if len(there) > 4 and chance.random() < 0.4:
-                one, other = chance.sample(there, 2)
-                one.rename(folder / "swap")
-                other.rename(one)
-                (folder / "swap").rename(other)
-            if len(there) > 12:
-                chance.choice(there).unlink()
-            new = folder / f"{chance.randrange(40):02}" / f"{chance.randrange(1000):03}.txt"
-            new.parent.mkdir(exist_ok=True)
-            new.write_bytes(self.text(chance.randrange(9000)))
-        module = self.code / f"module_{chance.randrange(5)}.py"
-        lines = "".join(f"VALUE_{chance.randrange(50)} = {chance.randrange(10**9)}\n" for _ in range(30))
-        module.write_text(f'"""Generated."""\n\n{lines}')
-
-    def text(self, size: int) -> bytes:
-        words = [b"listen", b"80", b"443", b"server", b"upstream", b"{", b"}", b"\n"]
-        return b" ".join(self.chance.choices(words, k=size // 5 + 1))[:size]
-
-
 def small_release(evolving: Evolving, version: str, built: Built, store: Store) -> ReleaseFiles:
     """As release_of, but the base and the kernel are those of the build, and the rest comes from its own store."""
     options = Options(evolving.project, version=version)
@@ -336,7 +299,7 @@ def store_with_base(built: Built, folder: Path) -> Store:
 
 @pytest.mark.timeout(300)
 def test_a_chain_of_50_releases_ends_as_a_fresh_build(built: Built, tmp_path: Path) -> None:
-    evolving, store = Evolving(tmp_path / "project"), store_with_base(built, tmp_path / "cache")
+    evolving, store = Evolving(copy_of_project(tmp_path / "project")), store_with_base(built, tmp_path / "cache")
     new = small_release(evolving, "1.0", built, store)
     root = node_with(new, tmp_path / "state")
     seen = {new.digest}

@@ -1,4 +1,4 @@
-"""What tests of upgrades that fail or are interrupted look at, and the releases that several of them use."""
+"""What tests look at after an upgrade, however it ended, and the releases that several of them use."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import pytest
 
 from appliance.targets.qemu import hardware_acceleration
 from tests.upgrade.machines import DEADLINE, TOOL, Machine
-from tests.variants import Edit, replace
+from tests.variants import Edit, Variants, replace
 
 FULL = pytest.mark.skipif(
     os.environ.get("SAMEPAGE_UPGRADES") != "full" and not hardware_acceleration(),
     reason="takes minutes on an emulated node, and others look at the same in other classes: SAMEPAGE_UPGRADES=full",
 )
+PLACES = {"base": "/", "app": "/opt/samepage", "config": "/run/samepage/config"}
 JOURNAL = "/state/upgrade/journal.json"
 DOOR = "nginx.service"
 SERVER = "recipes/samepage/files/opt/samepage/lib/samepage/server.py"
@@ -48,6 +49,30 @@ def impatient(node: Machine, seconds: int) -> None:
     file = "/etc/samepage/upgrade.json"
     node.ssh(f'sed \'s/"trial_seconds": [0-9]*/"trial_seconds": {seconds}/\' {file} >/run/impatient.json')
     node.ssh(f"chmod 0644 /run/impatient.json && mount --bind /run/impatient.json {file}")
+
+
+def mounted_layers(node: Machine) -> dict[str, str]:
+    """The layer that is mounted last at each place."""
+    lines = node.ssh("findmnt -rn -t erofs -o TARGET,SOURCE").splitlines()
+    return {place: source.rpartition("/")[2] for place, source in (line.split() for line in lines)}
+
+
+def runs(node: Machine, variants: Variants, version: str, *, whole: bool = True) -> None:
+    """The node runs the very layers of the release as it was built, and its records say so.
+
+    Not `whole`: its large layers were there before and are not read again, which takes long on an emulated processor.
+    """
+    made = variants.made[version]
+    found = node.status()
+    assert (found["version"], found["digest"], found["unfinished"]) == (version, made.digest, None)
+    assert found["layers"] == {layer.kind: layer.digest for layer in made.manifest.layers}
+    assert found["next_boot"] == {"release": found["release"], "data": found["data"]}
+    if whole:
+        status, verified = node.tool("verify")
+        assert (status, verified["wrong"]) == (0, [])
+    mounted = mounted_layers(node)
+    for layer in made.manifest.layers:
+        assert mounted[PLACES[layer.kind]] == f"{layer.kind}-{layer.digest}.erofs"
 
 
 def came_back(node: Machine, *rows: str, version: str = "1.0") -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.upgrade.endings import FULL, USERSPACE
+from tests.upgrade.endings import FULL, PLACES, USERSPACE, mounted_layers, runs
 from tests.upgrade.machines import Load, Machine, changed
 from tests.variants import Variants, replace, todays_lock, with_lock, without_kernel
 
@@ -15,31 +15,6 @@ APP = replace(
 UNITS = "recipes/samepage/templates/etc/systemd/system"
 WORKER = replace(f"{UNITS}/samepage-worker.service.j2", "Description=Samepage's", "Description=A")
 OLD_ROOT = "/usr/lib/samepage/old-root"
-PLACES = {"base": "/", "app": "/opt/samepage", "config": "/run/samepage/config"}
-
-
-def layers(node: Machine) -> dict[str, str]:
-    """The layer that is mounted last at each place."""
-    lines = node.ssh("findmnt -rn -t erofs -o TARGET,SOURCE").splitlines()
-    return {place: source.rpartition("/")[2] for place, source in (line.split() for line in lines)}
-
-
-def runs(node: Machine, variants: Variants, version: str, *, whole: bool = True) -> None:
-    """The node runs the very layers of the release as it was built, and its records say so.
-
-    Not `whole`: its large layers were there before and are not read again, which takes long on an emulated processor.
-    """
-    made = variants.made[version]
-    found = node.status()
-    assert (found["version"], found["digest"], found["unfinished"]) == (version, made.digest, None)
-    assert found["layers"] == {layer.kind: layer.digest for layer in made.manifest.layers}
-    assert found["next_boot"] == {"release": found["release"], "data": found["data"]}
-    if whole:
-        status, verified = node.tool("verify")
-        assert (status, verified["wrong"]) == (0, [])
-    mounted = layers(node)
-    for layer in made.manifest.layers:
-        assert mounted[PLACES[layer.kind]] == f"{layer.kind}-{layer.digest}.erofs"
 
 
 def test_changed_template_reloads_one_unit_and_nothing_else(node: Machine, variants: Variants) -> None:
@@ -103,7 +78,7 @@ def test_new_userspace_under_the_same_kernel_is_a_soft_reboot(
     assert {"before", *load.written} <= node.titles()
     runs(node, variants, "1.4", whole=False)
     base = next(layer for layer in variants.made["1.0"].manifest.layers if layer.kind == "base")
-    assert layers(node)[OLD_ROOT] == f"base-{base.digest}.erofs"
+    assert mounted_layers(node)[OLD_ROOT] == f"base-{base.digest}.erofs"
     assert node.status()["data"] == data
     with Load(node) as second:
         status, rolled = node.tool("rollback", "--yes")
@@ -115,10 +90,10 @@ def test_new_userspace_under_the_same_kernel_is_a_soft_reboot(
     assert "before" in node.titles()
     assert not set(load.written[-1:]) & node.titles()  # the data of before the upgrade
     runs(node, variants, "1.0", whole=False)
-    assert OLD_ROOT in layers(node)
+    assert OLD_ROOT in mounted_layers(node)
     node.put(b"rest", "/state/layers/base-0000.erofs.partial")
     assert node.tool("cleanup")[1]["files"] == 1
-    assert set(layers(node)) == set(PLACES.values())  # what is mounted would keep the room of a removed layer
+    assert set(mounted_layers(node)) == set(PLACES.values())  # what is mounted would keep the room of a removed layer
 
 
 @FULL
@@ -126,10 +101,10 @@ def test_next_base_layer_takes_the_place_of_the_old_root(node: Machine, variants
     variants.release("1.5", USERSPACE)
     variants.release("1.6", replace("recipes/base/recipe.yaml", "exclude:\n", "exclude:\n  - /usr/share/bug\n"))
     assert node.upgrade(variants.bundle("1.0", "1.5"))[1]["class"] == "soft-reboot"
-    assert OLD_ROOT in layers(node)
+    assert OLD_ROOT in mounted_layers(node)
     place = node.put(variants.bundle("1.5", "1.6"), "/state/next.bundle")
     assert node.tool("install", place, "--download-only")[1]["outcome"] == "downloaded"
-    assert set(layers(node)) == set(PLACES.values())  # the next soft reboot begins without it
+    assert set(mounted_layers(node)) == set(PLACES.values())  # the next soft reboot begins without it
 
 
 def test_new_kernel_is_a_reboot(node: Machine, variants: Variants) -> None:
