@@ -1,4 +1,5 @@
-"""The host's apt as a library: where Debian's archives are, and a private apt that knows only the appliance's suite.
+"""The host's apt as a library: where Debian's archives are, a private apt that knows only the appliance's suite, and
+what apt reads of a local folder with packages.
 
 apt brings what a build needs of a downloader: signature checks, proxies and credentials of the host, parallel fetches.
 """
@@ -10,13 +11,14 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from appliance.errors import CommandError, HostError
-from appliance.model import ARCHITECTURE
+from appliance.model import ARCHITECTURE, Package
 from appliance.run import run
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -205,3 +207,23 @@ Dir::Etc::Preferences "/dev/null";
 Dir::Etc::PreferencesParts "/dev/null";
 Dir::Log "{folder}";
 """
+
+
+def file_name(package: Package) -> str:
+    """What the package's file is called, in its archive and in a local folder."""
+    return package.path.rpartition("/")[2]
+
+
+def local_index(packages: Iterable[Package], files: Mapping[str, Path], work: Path) -> str:
+    """The Packages file (see apt-ftparchive(1)) of a folder with these packages, each under its `file_name`.
+
+    `files` are theirs by sha256. dpkg-deb unpacks below `work`, and leaves that behind when it is killed.
+    """
+    scratch = {**os.environ, "TMPDIR": str(work)}
+
+    def stanza(package: Package) -> str:
+        control = run(["dpkg-deb", "--field", files[package.sha256]], env=scratch).stdout.decode().rstrip()
+        return f"{control}\nFilename: ./{file_name(package)}\nSize: {package.size}\nSHA256: {package.sha256}\n"
+
+    with ThreadPoolExecutor() as pool:
+        return "\n".join(pool.map(stanza, packages))

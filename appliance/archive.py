@@ -72,25 +72,6 @@ def to_fetch(packages: Iterable[Package], cache: Path) -> int:
     return sum(size for sha256, size in wanted.items() if not _place(cache, sha256).is_file())
 
 
-def file_name(package: Package) -> str:
-    return package.path.rpartition("/")[2]
-
-
-def local_index(packages: Iterable[Package], files: Mapping[str, Path], work: Path) -> str:
-    """The Packages file (see apt-ftparchive(1)) of a folder with these packages, each under its `file_name`.
-
-    `files` is what `fetch` returns. dpkg-deb unpacks below `work`, and leaves that behind when it is killed.
-    """
-    scratch = {**os.environ, "TMPDIR": str(work)}
-
-    def stanza(package: Package) -> str:
-        control = run(["dpkg-deb", "--field", files[package.sha256]], env=scratch).stdout.decode().rstrip()
-        return f"{control}\nFilename: ./{file_name(package)}\nSize: {package.size}\nSHA256: {package.sha256}\n"
-
-    with ThreadPoolExecutor() as pool:
-        return "\n".join(pool.map(stanza, packages))
-
-
 def snapshot_mirrors(lock: Lock, environ: Mapping[str, str] = os.environ) -> Mirrors | None:
     """Mirrors as of the lock's epoch from the pattern in SAMEPAGE_SNAPSHOT, or None.
 

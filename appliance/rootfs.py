@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from appliance import archive
+from appliance.apt import file_name, local_index
 from appliance.errors import ApplianceError, CommandError, HostError
 from appliance.lock import CORE_RECIPE, OMITTED, omitted_stanza
 from appliance.model import Lock, Model, Package, Recipe, User
@@ -351,13 +351,13 @@ def _pack_repository(
     more: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
     """A tar with the packages as a local apt repository, the stage scripts, their configuration, and `more` files."""
-    index = archive.local_index(packages, files, out.parent)
+    index = local_index(packages, files, out.parent)
     release = f"Suite: {lock.suite}\nCodename: {lock.suite}\n"
     texts = {"Packages": index, "Release": release, "config.json": json.dumps({**config, "epoch": lock.epoch})}
     scripts = {file.name: file for file in SCRIPTS.iterdir() if file.is_file()}
     with tarfile.open(out, "w", format=tarfile.GNU_FORMAT) as tar:
         for package in packages:
-            tar.add(files[package.sha256], archive.file_name(package), filter=_plain)
+            tar.add(files[package.sha256], file_name(package), filter=_plain)
         for name, file in sorted({**scripts, **more}.items()):
             tar.add(file.resolve(), name, filter=_plain)
         for name, text in texts.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from appliance import archive
-from appliance.apt import Mirrors
+from appliance.apt import Mirrors, file_name, local_index
 from appliance.errors import ApplianceError
 from appliance.lock import OMITTED, Move, moves, resolve
 from appliance.model import Lock, Package, frozen_map
@@ -106,8 +106,8 @@ def plain_tree(packages: Sequence[Package], files: Mapping[str, Path], epoch: in
         repository = work / "repository"
         repository.mkdir()
         for package in packages:
-            shutil.copy(files[package.sha256], repository / archive.file_name(package))
-        (repository / "Packages").write_text(archive.local_index(packages, files, work))
+            shutil.copy(files[package.sha256], repository / file_name(package))
+        (repository / "Packages").write_text(local_index(packages, files, work))
         (repository / "Release").write_text(f"Suite: {SUITE}\nCodename: {SUITE}\n")
         measure(
             ["mmdebstrap", "--mode=root", "--variant=essential", "--skip=check/signed-by",

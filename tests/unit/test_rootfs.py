@@ -11,7 +11,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from appliance import archive, rootfs, workfolder
+from appliance import apt, rootfs, workfolder
 from appliance.errors import ApplianceError, CommandError, HostError
 from appliance.lock import omitted_stanza
 from appliance.model import Lock, Model, Package
@@ -75,7 +75,7 @@ def test_the_repository_can_be_read_by_whoever_is_root_there(tmp_path: Path, mon
         scratch.add(env["TMPDIR"])
         return CompletedProcess([], 0, f"Package: {argv[2].name}\n".encode())
 
-    monkeypatch.setattr(archive, "run", control)
+    monkeypatch.setattr(apt, "run", control)
     deb, script = tmp_path / "deb", tmp_path / "script"
     deb.write_bytes(b"deb")
     deb.chmod(0o600)

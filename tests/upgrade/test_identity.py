@@ -11,7 +11,7 @@ import pytest
 
 from appliance import channel
 from tests.evolving import Evolving
-from tests.upgrade.endings import FULL, put_bundle, runs
+from tests.upgrade.endings import FULL, runs
 from tests.upgrade.machines import Machine
 from tests.variants import SIGNER, Edit, Variants
 
@@ -53,6 +53,6 @@ def test_a_chain_of_50_releases(node: Machine, variants: Variants, bundles: list
 @FULL
 def test_each_of_50_releases_in_turn(node: Machine, variants: Variants, bundles: list[Path]) -> None:
     for version, path in zip(VERSIONS, bundles, strict=True):
-        status, found = node.tool("install", put_bundle(node, path))
+        status, found = node.upgrade(path)
         assert (status, found["outcome"], found["to"]) == (0, "committed", version), found
         runs(node, variants, version, whole=version == VERSIONS[-1])
